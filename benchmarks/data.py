@@ -1,0 +1,249 @@
+"""How fast images and captions become batches, on one core. Prints and saves a JSON with all figures.
+
+    python benchmarks/data.py          # about three minutes, and 6 GB of disk in a temporary folder
+    python benchmarks/data.py --photos 1 --photo_size 400x300 --samples 64 --width 8 --seconds 0.05 --out /tmp/data.json
+
+photos: JPEGs to training samples (scan, hash, decode, cache, crop, batch), beside full decode and 25 % steps in Pillow.
+cached: samples with their text embeds, through the sampler to collated batches of 16.
+embeds: cached text embeds in batches of 16, beside one `torch.save` file per caption.
+Both sides of a comparison take turns, so that a busy machine slows both. All files are in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from helpers.caching.embeds import EmbedCache  # noqa: E402
+from helpers.caching.pixels import PixelCache, pixel_key  # noqa: E402
+from helpers.data.collate import Collator, Source  # noqa: E402
+from helpers.data.dataset import Dataset, plan_images  # noqa: E402
+from helpers.data.sampler import Sampler  # noqa: E402
+from helpers.data.scan import Captions, Record, Scan, scan  # noqa: E402
+from helpers.images.downsampling import steps  # noqa: E402
+from helpers.images.geometry import Rules, crop_box, plans  # noqa: E402
+from helpers.sizes import Size, parse_sizes  # noqa: E402
+
+BATCH = 16
+ROUNDS = 5
+TOKENS = 77
+RULES = Rules(64, maximum_image_size=256, target_downsample_size=128)  # the documents' dataset
+CACHED_SIZE = Size(171, 128)  # a 4:3 photo under these rules
+FINGERPRINT = {"text_encoder": "random numbers"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    options = _options(argv)
+    machine = _use_one_core() | _versions()
+    with tempfile.TemporaryDirectory(prefix="floydtuner-benchmark-", dir=options.folder) as name:
+        folder = Path(name)
+        result = {"machine": machine, "photos": photos(folder / "photos", options.photos, options.photo_size)}
+        store = _Store(folder / "cached", options.samples, options.width)
+        result["cached"] = cached(store, options.seconds)
+        result["embeds"] = embeds(store, folder / "torch_save", options.seconds)
+    text = json.dumps(result, indent=2)
+    print(text)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(text + "\n")
+
+
+def photos(folder: Path, per_round: int, size: Size) -> dict[str, object]:
+    """Images per second from JPEG files to training samples, ours and the plain way."""
+    ours, plain, sizes = [], [], []
+    for number in range(ROUNDS):
+        source = folder / str(number) / "images"
+        source.mkdir(parents=True)
+        paths = [_write_photo(source / f"{i}.jpg", size, number * per_round + i) for i in range(per_round)]
+        sizes += [path.stat().st_size for path in paths]
+        plain.append(_seconds(lambda: [_plain_sample(path) for path in paths]) / per_round)
+        ours.append(_seconds(lambda: _our_samples(source, folder / str(number) / "cache")) / per_round)
+    return {
+        "files": ROUNDS * per_round,
+        "size": str(size),
+        "mean_file_bytes": round(mean(sizes)),
+        "images_per_second": round(1 / median(ours), 2),
+        "plain_images_per_second": round(1 / median(plain), 2),
+        "ratio": round(median(plain) / median(ours), 2),
+    }
+
+
+def cached(store: _Store, seconds: float) -> dict[str, object]:
+    """Samples per second from the sampler to collated batches: random crops, captions drawn, 10 % dropped."""
+    sampler = Sampler([store.dataset], BATCH, seed=42, caption_dropout_probability=0.1)
+    collate = Collator({store.dataset.id: Source(store.pixels, store.embeds, "stepwise")}, prepare=str)
+    stream = ((position, collate(plan)) for position, plan in sampler.batches())
+    rates = [_batches_per_second(lambda: next(stream), seconds) * BATCH for _ in range(ROUNDS)]
+    return {
+        "samples": len(store.dataset.records),
+        "embeds": f"{TOKENS}x{store.width} bfloat16",
+        "batch": BATCH,
+        "samples_per_second": round(median(rates)),
+        "rounds": [round(rate) for rate in rates],
+    }
+
+
+def embeds(store: _Store, folder: Path, seconds: float) -> dict[str, object]:
+    """Batches per second of text embeds alone, ours and from one file per caption."""
+    folder.mkdir()
+    paths = {text: folder / f"{number}.pt" for number, text in enumerate(store.texts)}
+    for text, path in paths.items():
+        torch.save(store.embeds.read([text])[0].clone(), path)
+    draw = random.Random(0)
+    ring = [torch.empty(BATCH, TOKENS, store.width, dtype=torch.bfloat16) for _ in range(3)]
+    ours, plain = [], []
+    for _ in range(ROUNDS):
+        plain.append(_batches_per_second(
+            lambda: torch.stack([torch.load(paths[text]) for text in draw.sample(store.texts, BATCH)]), seconds))
+        ours.append(_batches_per_second(
+            lambda: store.embeds.read(draw.sample(store.texts, BATCH), _rotated(ring)), seconds))
+    return {
+        "batch": BATCH,
+        "batches_per_second": round(median(ours), 1),
+        "torch_save_batches_per_second": round(median(plain), 1),
+        "ratio": round(median(ours) / median(plain), 2),
+    }
+
+
+class _Store:
+    """Caches as a first run leaves them, but of random numbers: one image and one caption of its own per sample."""
+
+    def __init__(self, folder: Path, samples: int, width: int) -> None:
+        self.width = width
+        self.texts = [f"a photograph of subject {number}" for number in range(samples)]
+        records = tuple(_record(number, text) for number, text in enumerate(self.texts))
+        self.dataset: Dataset = plan_images("cached", Path("/images"), RULES, Scan(records, (), ()))
+        self.pixels = PixelCache(folder / "pixels")
+        self._fill_pixels(records)
+        self.embeds = EmbedCache(folder / "text", FINGERPRINT)
+        self.embeds.build([*self.texts, ""], self._encode, len, BATCH)
+
+    def _fill_pixels(self, records: Sequence[Record]) -> None:
+        draw = np.random.default_rng(0)
+        with self.pixels.store.writer() as writer:
+            for record in records:
+                key = pixel_key(record.content, CACHED_SIZE, "stepwise")
+                writer.add(key, draw.integers(0, 256, (CACHED_SIZE.height, CACHED_SIZE.width, 3), np.uint8))
+
+    def _encode(self, texts: Sequence[str]) -> torch.Tensor:
+        return torch.randn(len(texts), TOKENS, self.width).bfloat16()
+
+
+def _record(number: int, text: str) -> Record:
+    return Record("cached", Path(f"/images/{number}.jpg"), f"{number:064x}", Size(4000, 3000), (text,))
+
+
+def _plain_sample(path: Path) -> np.ndarray:
+    """Full decode, then 25 % at a time."""
+    image = Image.open(path).convert("RGB")
+    plan = plans(Size(*image.size), RULES)[0]
+    for size in steps(plan.source, plan.intermediate):
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    return np.asarray(image.crop(crop_box(plan.intermediate, plan.target, "center")))
+
+
+def _our_samples(source: Path, cache: Path) -> None:
+    """The first run over a folder, up to the batches of its first epoch; without text, which has its own figures."""
+    found = scan("photos", source, cache / "index.jsonl", Captions("filename"), workers=1)
+    dataset = plan_images("photos", source, RULES, found)
+    pixels = PixelCache(cache)
+    assert not pixels.build(dataset.pixel_jobs("stepwise"), workers=1)
+    sampler = Sampler([dataset], BATCH, seed=42, caption_dropout_probability=0)
+    for _, plan in islice(sampler.batches(), sampler.batches_in_epoch(0)):
+        for use in plan.uses:
+            left, top, right, bottom = use.box
+            band = np.empty((bottom - top, use.plan.intermediate.width, 3), np.uint8)
+            pixels.read_into(pixel_key(use.record.content, use.plan.intermediate, "stepwise"), band, top)
+            np.ascontiguousarray(band[:, left:right])
+
+
+def _write_photo(path: Path, size: Size, seed: int) -> Path:
+    """A picture with detail at every scale, as photographs have it: 12 megapixels make a file of about 4 MB."""
+    draw = np.random.default_rng(seed)
+    picture = np.zeros((size.height, size.width, 3), np.float32)
+    for scale in (1, 4, 16, 64, 256):
+        shape = (-(-size.height // scale), -(-size.width // scale), 3)
+        octave = Image.fromarray(draw.integers(0, 256, shape, np.uint8))
+        picture += (np.asarray(octave.resize(size, Image.Resampling.BICUBIC), np.float32) - 127.5) * scale**0.5 / 16
+    Image.fromarray(np.clip(picture + 127.5, 0, 255).astype(np.uint8)).save(path, quality=90)
+    return path
+
+
+def _rotated(ring: list[torch.Tensor]) -> torch.Tensor:
+    ring.append(ring.pop(0))
+    return ring[-1]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _batches_per_second(batch: Callable[[], object], seconds: float) -> float:
+    batch()
+    began, count = time.perf_counter(), 0
+    while (passed := time.perf_counter() - began) < seconds:
+        batch()
+        count += 1
+    return count / passed
+
+
+def _use_one_core() -> dict[str, object]:
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    return {"cores": 1 if hasattr(os, "sched_setaffinity") else "not pinned", "processor": _processor()}
+
+
+def _processor() -> str:
+    names = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _versions() -> Mapping[str, str]:
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pillow": PIL.__version__,
+        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
+    }
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=int, default=6, help="photos per round, of five rounds")
+    parser.add_argument("--photo_size", type=lambda text: parse_sizes(text)[0], default=Size(4000, 3000))
+    parser.add_argument("--samples", type=int, default=2048, help="cached samples")
+    parser.add_argument("--width", type=int, default=4096, help="numbers per token of a text embed: T5-XXL has 4096")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement of a round")
+    parser.add_argument("--folder", type=Path, help="where to put the temporary folder")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "data.json")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()

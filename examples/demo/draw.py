@@ -1,0 +1,144 @@
+"""Draw the demo's captioned pictures: one coloured shape on a pale, grainy ground.
+
+    python -m examples.demo.draw FOLDER --kind known --count 60 --seed 1
+
+writes `0000.jpg` and `0000.txt` and so on. The same arguments always draw the same pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 60),
+    "blue": (40, 80, 225),
+    "yellow": (240, 205, 30),
+    "purple": (150, 45, 205),
+}
+"""Every colour a picture may have, in sRGB; the last one is the subject's."""
+
+CAPTIONS = ("a photo of a {colour} {shape}", "a picture of a {colour} {shape}", "a {colour} {shape}")
+OVERSAMPLING = 3
+
+
+@dataclass(frozen=True)
+class Thing:
+    """What a picture shows, in the words of its caption."""
+
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+def _regular(corners: int, turn: float) -> list[tuple[float, float]]:
+    angles = (turn + 2 * math.pi * k / corners for k in range(corners))
+    return [(math.cos(a), math.sin(a)) for a in angles]
+
+
+def _cross(arm: float) -> list[tuple[float, float]]:
+    a = arm
+    corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
+    return [(float(x), float(y)) for x, y in corners]
+
+
+OUTLINES = {
+    "circle": _regular(90, 0),
+    "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+    "triangle": [(0.0, -0.9), (1.0, 0.85), (-1.0, 0.85)],
+    "cross": _cross(0.32),
+    "ring": _regular(90, 0),
+}
+"""Outline of every shape in a frame of -1..1, y down; the last one is the subject's."""
+HOLES = {"ring": 0.55}
+"""Radius of the round hole of a shape that has one."""
+
+SUBJECT = Thing("purple", "ring")
+KNOWN = tuple(
+    Thing(c, s) for c, s in product(COLOURS, OUTLINES) if c != SUBJECT.colour and s != SUBJECT.shape
+)
+
+
+def mask(shape: str, size: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
+    """The shape's coverage, float32 [H, W] in 0..1, for an image of `size` (width, height); lengths in pixels."""
+    width, height = size
+    k = OVERSAMPLING
+    canvas = Image.new("L", (width * k, height * k))
+    pen = ImageDraw.Draw(canvas)
+    cx, cy, r = centre[0] * k, centre[1] * k, radius * k
+    pen.polygon([(cx + x * r, cy + y * r) for x, y in OUTLINES[shape]], fill=255)
+    if shape in HOLES:
+        hole = HOLES[shape] * r
+        pen.ellipse((cx - hole, cy - hole, cx + hole, cy + hole), fill=0)
+    return np.asarray(canvas.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
+
+
+def draw(thing: Thing, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
+    """One RGB picture of `size` (width, height), of an aspect up to 8:7, whose every square crop shows the whole thing."""
+    short = min(size)
+    radius = rng.uniform(0.24, 0.38) * short
+    reach = [max(0.0, 0.97 * short - edge / 2 - radius) for edge in size]
+    centre = tuple(edge / 2 + rng.uniform(-r, r) for edge, r in zip(size, reach))
+    paint = np.array(COLOURS[thing.colour]) + rng.normal(0, 8, 3)
+    cover = mask(thing.shape, size, centre, radius)[..., None]
+    picture = cover * _shaded(paint, size, 0.1, rng) + (1 - cover) * _ground(size, rng)
+    grain = rng.normal(0, 3, (size[1], size[0], 1))
+    return Image.fromarray(np.clip(picture + grain, 0, 255).round().astype(np.uint8))
+
+
+def _ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """A nearly grey ground, from dark to white."""
+    tone = rng.choice([rng.uniform(30, 80), rng.uniform(120, 190), rng.uniform(205, 250)])
+    return _shaded(tone + rng.normal(0, 5, 3), size, 0.12, rng)
+
+
+def _shaded(colour: np.ndarray, size: tuple[int, int], strength: float, rng: np.random.Generator) -> np.ndarray:
+    """The colour under a soft light from a random side, float [H, W, 3]."""
+    angle = rng.uniform(0, 2 * math.pi)
+    x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
+    light = 1 + strength * (math.cos(angle) * x + math.sin(angle) * y)
+    return light[..., None] * colour
+
+
+def things(kind: str, count: int) -> Iterator[Thing]:
+    """`count` things in turn: the known ones, or the subject again and again."""
+    pool = KNOWN if kind == "known" else (SUBJECT,)
+    return (pool[i % len(pool)] for i in range(count))
+
+
+def write(folder: Path, kind: str, count: int, seed: int, edges: tuple[int, int]) -> None:
+    """Draw `count` pictures with edges in pixels from `edges`, aspects up to 8:7, and a caption file beside each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index, thing in enumerate(things(kind, count)):
+        short = int(rng.integers(edges[0], edges[1] * 7 // 8 + 1))
+        size = rng.permutation([short, int(rng.integers(short, short * 8 // 7 + 1))])
+        suffix = ("jpg", "png")[index % 4 == 3]
+        draw(thing, (int(size[0]), int(size[1])), rng).save(folder / f"{index:04}.{suffix}", quality=92)
+        caption = CAPTIONS[int(rng.integers(len(CAPTIONS)))].format(colour=thing.colour, shape=thing.shape)
+        (folder / f"{index:04}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw captioned pictures for the demo.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kind", choices=("known", "subject"), required=True)
+    parser.add_argument("--count", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--edges", type=int, nargs=2, default=(80, 400), metavar=("LEAST", "MOST"), help="pixels")
+    arguments = parser.parse_args()
+    write(arguments.folder, arguments.kind, arguments.count, arguments.seed, tuple(arguments.edges))
+
+
+if __name__ == "__main__":
+    main()

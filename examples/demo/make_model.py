@@ -1,0 +1,134 @@
+"""Make the demo's untrained stage I: IF's architecture with tiny widths, random weights and its own tokenizer.
+
+    python -m examples.demo.make_model FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import string
+import tempfile
+from pathlib import Path
+
+import sentencepiece
+import torch
+from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from examples.demo.draw import CAPTIONS, COLOURS, OUTLINES
+
+TEXT_WIDTH = 64
+VOCABULARY = 512
+
+UNET = {
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 6,
+    "block_out_channels": (16, 16, 32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("ResnetDownsampleBlock2D",) * 2 + ("SimpleCrossAttnDownBlock2D",) * 2,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D",) * 2 + ("ResnetUpsampleBlock2D",) * 2,
+    "act_fn": "gelu",
+    "norm_num_groups": 8,
+    "attention_head_dim": 32,
+    "cross_attention_dim": 64,
+    "cross_attention_norm": "group_norm",
+    "encoder_hid_dim": TEXT_WIDTH,
+    "encoder_hid_dim_type": "text_proj",
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
+    "resnet_time_scale_shift": "scale_shift",
+}
+"""IF-I-M's blocks and conditioning at a tiny width. Attention starts at 16 px, because at 32 px it would take half the time."""
+
+SCHEDULER = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "squaredcos_cap_v2",
+    "prediction_type": "epsilon",
+    "variance_type": "learned_range",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.95,
+    "sample_max_value": 1.5,
+    "clip_sample": True,
+}
+"""IF stage I's own scheduler."""
+
+ENGLISH = """the a an of on in at to and with is are photo picture drawing painting image small big large little dark light
+white black grey gray pink orange brown star heart house dog cat tree flower face person hand car table sky water wood paper
+old new one two three many bright soft red green blue yellow purple circle square triangle cross ring my your his her its
+near under over behind front left right top bottom close up view style made from by for very sks token"""
+
+
+def words() -> list[str]:
+    """The words that are one piece each, in sentencepiece's writing (with a mark for the space before)."""
+    captions = " ".join(CAPTIONS).format(colour=" ".join(COLOURS), shape=" ".join(OUTLINES))
+    return [f"\u2581{word}" for word in dict.fromkeys(f"{captions} {ENGLISH}".split())]
+
+
+def tokenizer(folder: Path) -> T5Tokenizer:
+    """Train sentencepiece into `folder`; unknown words fall apart into letters."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=("x" + word for word in ENGLISH.split() * 9),
+        model_prefix=str(folder / "spiece"),
+        vocab_size=VOCABULARY,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=words(),
+        required_chars=string.ascii_letters + string.digits + string.punctuation,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        minloglevel=2,
+    )
+    return T5Tokenizer.from_pretrained(folder, extra_ids=0)
+
+
+def text_encoder(vocabulary: int) -> T5EncoderModel:
+    """A random T5: it never learns, and need not, for its outputs differ by word."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=TEXT_WIDTH,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    ).eval()
+
+
+def make(folder: Path, seed: int = 0) -> IFPipeline:
+    """Write an untrained pipeline that `IFPipeline.from_pretrained(folder)` loads; the same seed, the same weights."""
+    torch.manual_seed(seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        pieces = tokenizer(Path(scratch))
+        pipeline = IFPipeline(
+            tokenizer=pieces,
+            text_encoder=text_encoder(len(pieces)),
+            unet=UNet2DConditionModel(**UNET),
+            scheduler=DDPMScheduler(**SCHEDULER),
+            safety_checker=None,
+            feature_extractor=None,
+            watermarker=None,
+            requires_safety_checker=False,
+        )
+        pipeline.save_pretrained(folder)
+        piece_model = (Path(scratch) / "spiece.model").read_bytes()
+    (folder / "tokenizer" / "spiece.model").write_bytes(piece_model)
+    return pipeline
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the demo's untrained stage I model.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    make(arguments.folder, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The text-embed cache: prepared caption -> the text encoder's output, encoded once and read exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from helpers.caching.store import ShardStore, Writer
+
+
+class NonFiniteEmbedding(ValueError):
+    """The text encoder returned inf or NaN; the message names the caption."""
+
+
+class EmbedCache:
+    """The embeddings of one text encoder. Texts come prepared: cleaned as the model family wants them.
+
+    `fingerprint` says everything that an embedding depends on besides the text: encoder weights, tokenizer, length,
+    cleaning. Each fingerprint has its own folder inside `folder`, so that encoders sharing a cache_dir never mix.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, str]) -> None:
+        recipe = {"kind": "text embeds", **fingerprint}
+        name = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=10).hexdigest()
+        self.store = ShardStore(folder / name, recipe)
+
+    def missing(self, texts: Iterable[str]) -> list[str]:
+        """Those texts, each once and in order, that have no embedding yet."""
+        return [text for text in dict.fromkeys(texts) if text_key(text) not in self.store]
+
+    def build(
+        self,
+        texts: Iterable[str],
+        encode: Callable[[Sequence[str]], torch.Tensor],
+        length_of: Callable[[str], int],
+        batch_size: int,
+    ) -> None:
+        """Encode what is missing; `encode` returns bf16 [B, 77, D] and `length_of` the tokens of a text.
+
+        Batches hold texts of like length, the longest first: an encoder that does not fit fails at once and the
+        announced time is not exceeded. An interrupted build keeps what it had encoded.
+
+        Raises:
+            NonFiniteEmbedding: the encoder overflowed.
+        """
+        wanted = sorted(self.missing(texts), key=length_of, reverse=True)
+        if not wanted:
+            return
+        tqdm.write(f"Text embeds: {len(wanted):,} captions to encode, in batches of {batch_size}")
+        with self.store.writer() as writer, tqdm(total=len(wanted), desc="text embeds", unit="caption") as bar:
+            for start in range(0, len(wanted), batch_size):
+                batch = wanted[start : start + batch_size]
+                began = time.perf_counter()
+                embeds = encode(batch)
+                if start == 0:
+                    tqdm.write(_announcement(embeds, len(wanted), time.perf_counter() - began))
+                _add(writer, batch, embeds)
+                bar.update(len(batch))
+
+    def read(self, texts: Sequence[str], out: torch.Tensor | None = None) -> torch.Tensor:
+        """The embeddings of `texts` as bf16 [B, 77, D], bit for bit as they were encoded.
+
+        `out` (contiguous, at least B rows) is filled and its first B rows are returned; without it the tensor is new.
+
+        Raises:
+            KeyError: a text was never encoded; the message shows it.
+        """
+        if out is None:
+            out = torch.empty(len(texts), *self.row_shape, dtype=torch.bfloat16)
+        if len(out) < len(texts):
+            raise ValueError(f"{len(texts)} captions do not fit into {len(out)} rows")
+        rows = out.view(torch.uint8).numpy().reshape(len(out), -1)
+        for row, text in zip(rows, texts):
+            self._read_row(text, row)
+        return out[: len(texts)]
+
+    def _read_row(self, text: str, row: np.ndarray) -> None:
+        key = text_key(text)
+        if key not in self.store:
+            raise KeyError(f"no embedding was made for the caption {text!r}")
+        self.store.read_into(key, row)
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one embedding, (77, D).
+
+        Raises:
+            LookupError: the cache is empty.
+        """
+        for key in self.store:
+            return self.store.shape(key)
+        raise LookupError(f"the text-embed cache {self.store.folder} is empty: build it first")
+
+
+def text_key(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _add(writer: Writer, texts: Sequence[str], embeds: torch.Tensor) -> None:
+    if embeds.dtype != torch.bfloat16 or embeds.ndim != 3 or len(embeds) != len(texts):
+        found = f"{embeds.dtype} {list(embeds.shape)}"
+        raise ValueError(f"the text encoder returned {found} for {len(texts)} captions, not bfloat16 [B, 77, D]")
+    finite = torch.isfinite(embeds).flatten(1).all(1)
+    for text, row, is_finite in zip(texts, embeds, finite.tolist()):
+        if not is_finite:
+            raise NonFiniteEmbedding(
+                f"the text encoder returned inf or NaN for the caption {text!r}: T5 overflows in fp16, load it in "
+                "bf16 or fp32; if it was, its weights are damaged"
+            )
+        writer.add(text_key(text), row)
+
+
+def _announcement(first: torch.Tensor, total: int, seconds: float) -> str:
+    size = first[0].nbytes * total
+    estimate = math.ceil(seconds * total / len(first))
+    return f"Text embeds: {size / 1e6:,.1f} MB on disk, at most about {tqdm.format_interval(estimate)}"

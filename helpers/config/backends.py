@@ -1,0 +1,306 @@
+"""The dataloader JSON: an array of datasets and of folders for their text embeds, typed and checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from helpers.config.checks import resolution_problem
+from helpers.config.jsonfile import read_json
+from helpers.config.options import (
+    ROWS, CaptionStrategy, Config, DownsampleMethod, Extent, FromRoot, Group, Real, ResolutionType, Switch, Whole,
+)
+from helpers.config.problems import ConfigError, did_you_mean, found, invalid_values
+
+REFUSED: Mapping[tuple[str, str], str] = MappingProxyType({
+    ("type", "aws"): "only local folders are read: download it and type local",
+    ("type", "csv"): "only local folders are read: download it and type local",
+    ("type", "huggingface"): "only local folders are read: download it and type local",
+    ("caption_strategy", "parquet"): ROWS["caption_strategy"].refused["parquet"],
+    ("crop_style", "face"): "needs a face detector, which is not offered: type center, or crop around faces beforehand",
+    ("dataset_type", "image_embeds"): "pixels are cached without it: remove the entry",
+    ("dataset_type", "conditioning"): "ControlNets are not trained: remove the entry",
+    ("dataset_type", "eval"): "images come from validation prompts: remove the entry",
+})
+"""Values that users are known to try, with what to do instead."""
+
+
+@dataclass(frozen=True)
+class AspectBucket:
+    """An aspect ratio (width / height) that random crops may have, and how often relative to the others."""
+
+    aspect: float
+    weight: float = 1.0
+
+
+def _to_aspects(value: object) -> tuple[AspectBucket, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError('a list of aspect ratios like [1.0, 0.75] or [{"aspect": 1.0, "weight": 2}]')
+    return tuple(entry if isinstance(entry, AspectBucket) else _to_aspect(entry) for entry in value)
+
+
+def _to_aspect(entry: object) -> AspectBucket:
+    fields = entry if isinstance(entry, dict) else {"aspect": entry}
+    numbers = [v for v in fields.values() if isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0]
+    if len(numbers) != len(fields) or not {"aspect"} <= set(fields) <= {"aspect", "weight"}:
+        raise ValueError(f'aspect ratios above 0, like 0.75 or {{"aspect": 0.75, "weight": 2}}, not {found(entry)}')
+    return AspectBucket(**{name: float(number) for name, number in fields.items()})
+
+
+Aspects = Annotated[tuple[AspectBucket, ...], BeforeValidator(_to_aspects, json_schema_input_type=list[Any])]
+
+
+def _inherited(name: str, **limits: float) -> Any:
+    """A key that overrides the flag of the same name."""
+    row = ROWS[name]
+    return Field(row.field.default, description=f"{row.field.description} Overrides --{name}.", **limits)
+
+
+class ImageBackend(Group):
+    """A folder of images with captions, and how they are prepared. Every value is resolved.
+
+    Sizes are pixels of an edge, or megapixels where `resolution_type` is "area". `cache_dir` (key `cache_dir_vae`) is
+    the folder of its pixel cache; `text_embeds` the id of a `TextEmbedsBackend`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    id: str = Field(description="Unique name of the dataset.")
+    type: Literal["local"] = Field("local", description="Where the images lie: in a local folder.")
+    dataset_type: Literal["image"] = Field("image", description="What the entry is: a dataset of images.")
+    disabled: Switch = Field(False, description="Leave the dataset out. `disable` says the same.")
+    instance_data_dir: FromRoot = Field(description="The folder of images; it is only read.")
+    cache_dir: FromRoot = Field("", alias="cache_dir_vae", validate_default=False, description=(
+        "Folder of the pixel cache; default: pixels/<id> in --cache_dir."))
+    crop: Switch = Field(True, description="Crop to the target size; false: keep the aspect, trim centred.")
+    crop_aspect: Literal["square", "preserve", "random"] = Field(
+        "square", description="The aspect of crops: square, the image's own, or drawn from crop_aspect_buckets.")
+    crop_aspect_buckets: Aspects = Field((), description="Aspects of random crops: numbers, or {aspect, weight}.")
+    crop_style: Literal["random", "center", "centre", "corner"] = Field(
+        "random", description="Where a crop is taken.")
+    resolution: Extent = _inherited("resolution", gt=0)
+    resolution_type: ResolutionType = _inherited("resolution_type")
+    minimum_image_size: Extent | None = _inherited("minimum_image_size", gt=0)
+    maximum_image_size: Extent | None = _inherited("maximum_image_size", gt=0)
+    target_downsample_size: Extent | None = _inherited("target_downsample_size", gt=0)
+    aspect_bucket_rounding: Whole = _inherited("aspect_bucket_rounding", ge=1, le=9)
+    downsample_method: DownsampleMethod = _inherited("downsample_method")
+    caption_strategy: CaptionStrategy = _inherited("caption_strategy")
+    instance_prompt: str | None = _inherited("instance_prompt")
+    prepend_instance_prompt: Switch = Field(False, description="Put instance_prompt and a space before each caption.")
+    only_instance_prompt: Switch = Field(False, description="Use instance_prompt in place of every caption.")
+    repeats: Whole = Field(0, ge=0, description="How many more times an epoch sees each image: 0 is once, 1 twice.")
+    probability: Real = Field(1.0, gt=0, description="Weight in drawing which dataset the next batch comes from.")
+    text_embeds: str = Field("", description="Id of the text_embeds entry to use; default: the default one.")
+
+
+class TextEmbedsBackend(Group):
+    """A folder that text embeds are cached in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(description="Unique name of the cache.")
+    type: Literal["local"] = Field("local", description="Where the cache lies: in a local folder.")
+    dataset_type: Literal["text_embeds"] = Field(description="What the entry is: a folder of text embeds.")
+    disabled: Switch = Field(False, description="Leave the entry out. `disable` says the same.")
+    default: Switch = Field(False, description="Used by the datasets that name none; an only one is the default.")
+    cache_dir: FromRoot = Field("", validate_default=False, description="The folder; default: text in --cache_dir.")
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The enabled entries of a dataloader JSON, in its order; at least one of each kind."""
+
+    images: tuple[ImageBackend, ...]
+    text_embeds: tuple[TextEmbedsBackend, ...]
+
+    def text_embeds_of(self, image: ImageBackend) -> TextEmbedsBackend:
+        """The embed cache that `image` uses."""
+        return next(text for text in self.text_embeds if text.id == image.text_embeds)
+
+
+def load_backends(path: Path, config: Config) -> Backends:
+    """Read a dataloader JSON; keys that an entry lacks come from the flags of the same name.
+
+    Raises:
+        ConfigError: with all problems, each naming the file, the entry's id and the key.
+    """
+    entries = read_json(path, ROWS["data_backend_config"].label)
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError([f'{path}: needs an array of objects: [{{"id": ..., "instance_data_dir": ...}}]'])
+    problems = _id_problems(entries)
+    parsed = [_parse(entry, place, config, problems) for place, entry in enumerate(entries, start=1)]
+    enabled = [item for item in parsed if item is not None and not item.disabled]
+    images = [item for item in enabled if isinstance(item, ImageBackend)]
+    texts = [item for item in enabled if isinstance(item, TextEmbedsBackend)]
+    if not images and not problems:
+        problems.append("there is no dataset of images that is not disabled: add one with instance_data_dir")
+    texts = texts or [_implicit_texts(config)]
+    problems += _default_problems(texts)
+    images = [_with_text_embeds(image, texts, problems) for image in images]
+    if problems:
+        raise ConfigError([f"{path.name}, {problem}" for problem in problems])
+    return Backends(tuple(images), tuple(texts))
+
+
+def _place(entry_id: object) -> str:
+    return f"entry {found(entry_id)}, "
+
+
+def _id_problems(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    counts = Counter(entry["id"] for entry in entries if isinstance(entry.get("id"), str))
+    return [
+        f'{_place(entry_id)}key "id": {count} entries have it, give each its own'
+        for entry_id, count in counts.items() if count > 1
+    ]
+
+
+def _parse(
+    entry: Mapping[str, Any], place: int, config: Config, problems: list[str]
+) -> ImageBackend | TextEmbedsBackend | None:
+    """The typed entry, or None with what is wrong added to `problems`."""
+    where = _place(entry["id"]) if isinstance(entry.get("id"), str) else f"entry number {place}, "
+    is_text = entry.get("dataset_type") == "text_embeds"
+    model = TextEmbedsBackend if is_text else ImageBackend
+    fields = {field.alias or name: field for name, field in model.model_fields.items()}
+    own, words = _own_values(entry, fields)
+    inherited = {} if is_text else {name: getattr(config.data, name) for name in fields if name in _FLAGS_OF_DATA}
+    defaults = {} if own.get("id") is None else _default_folder(is_text, own["id"], config)
+    item, wrong = _validated(model, own, {**defaults, **inherited})
+    words += [f'key "{key}": {sentence}' for key, sentence in wrong.items()]
+    if isinstance(item, ImageBackend) and not item.disabled:
+        words += [sentence for keys, sentence in _image_problems(item, config) if not keys & set(wrong)]
+    problems += [where + sentence for sentence in words]
+    return item
+
+
+def _validated(
+    model: type[ImageBackend | TextEmbedsBackend], own: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[ImageBackend | TextEmbedsBackend | None, dict[str, str]]:
+    """The entry made of the values that are right (None if it cannot be), and what is wrong with the others."""
+    try:
+        return model.model_validate({**defaults, **own}), {}
+    except ValidationError as error:
+        fields = {field.alias or name: field for name, field in model.model_fields.items()}
+        wrong = _value_problems(error, fields)
+        possible = all(not fields[key].is_required() for key in wrong)
+        right = {key: value for key, value in own.items() if key not in wrong}
+        return model.model_validate({**defaults, **right}) if possible else None, wrong
+
+
+_FLAGS_OF_DATA = tuple(name for name, row in ROWS.items() if row.group == "data" and name != "cache_dir")
+
+
+def _own_values(entry: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> tuple[dict[str, Any], list[str]]:
+    """An entry's values by key, null counting as absent, and its unknown keys."""
+    own = {key: value for key, value in entry.items() if value is not None}
+    words = []
+    if "disable" in own:
+        disable = own.pop("disable")
+        if own.setdefault("disabled", disable) != disable:
+            words.append(f'key "disable": found {found(disable)} beside the opposite "disabled": remove one')
+    for key in [key for key in own if key not in fields]:
+        own.pop(key)
+        words.append(f'key "{key}": not known here' + (did_you_mean(key, fields) or f"; known: {', '.join(fields)}"))
+    return own, words
+
+
+def _default_folder(is_text: bool, entry_id: object, config: Config) -> dict[str, str]:
+    if is_text:
+        return {"cache_dir": str(config.data.cache_dir / "text")}
+    return {"cache_dir_vae": str(config.data.cache_dir / "pixels" / str(entry_id))}
+
+
+def _value_problems(error: ValidationError, fields: Mapping[str, FieldInfo]) -> dict[str, str]:
+    missing = [item["loc"][0] for item in error.errors() if item["type"] == "missing"]
+    tried = {str(item["loc"][0]): str(item["input"]).lower() for item in error.errors()}
+    words = {}
+    for key, sentence in invalid_values(error, fields).items():
+        if key in missing:
+            sentence = f"is not set: {fields[key].description}"
+        elif (key, tried[key]) in REFUSED:
+            sentence = f"found {found(tried[key])}; {REFUSED[key, tried[key]]}"
+        words[key] = sentence
+    return words
+
+
+def _image_problems(image: ImageBackend, config: Config) -> Iterator[tuple[set[str], str]]:
+    """What is wrong between an entry's keys: the keys that were looked at, and the words."""
+    if image.id in ("", ".", "..") or set(image.id) & set("/\\\0"):
+        yield {"id"}, 'key "id": it names a folder of the cache, so it needs letters, and no slashes'
+    folder = image.instance_data_dir
+    if not folder.is_dir():
+        reason = "which is a file" if folder.exists() else "which does not exist"
+        words = f"found {found(str(folder))}, {reason}: type the folder of your images"
+        yield {"instance_data_dir"}, f'key "instance_data_dir": {words}'
+    words = resolution_problem(image.resolution, image.resolution_type, config.family)
+    if words:
+        yield {"resolution", "resolution_type"}, f'key "resolution": {words}'
+    if (image.crop_aspect == "random") != bool(image.crop_aspect_buckets):
+        yield {"crop_aspect", "crop_aspect_buckets"}, (
+            f'key "crop_aspect_buckets": found {len(image.crop_aspect_buckets)} aspects beside crop_aspect '
+            f"{image.crop_aspect!r}: they need crop_aspect random, and random needs at least one"
+        )
+    yield from _size_problems(image)
+    yield from _prompt_problems(image)
+
+
+def _size_problems(image: ImageBackend) -> Iterator[tuple[set[str], str]]:
+    maximum, target = image.maximum_image_size, image.target_downsample_size
+    pair = {"maximum_image_size", "target_downsample_size"}
+    if maximum is None and target is None:
+        return
+    if maximum is None or target is None:
+        lacking = "maximum_image_size" if maximum is None else "target_downsample_size"
+        yield pair, f'key "{lacking}": is not set, but "{(pair - {lacking}).pop()}" needs it: set both or none'
+        return
+    found_words = f'key "target_downsample_size": found {target:g}, needs at'
+    if target > maximum:
+        yield pair, f'{found_words} most "maximum_image_size", {maximum:g}'
+    if target < image.resolution:
+        yield {*pair, "resolution"}, f'{found_words} least "resolution", {image.resolution:g}'
+
+
+def _prompt_problems(image: ImageBackend) -> Iterator[tuple[set[str], str]]:
+    wanted = {
+        "prepend_instance_prompt": image.prepend_instance_prompt,
+        "only_instance_prompt": image.only_instance_prompt,
+        "caption_strategy": image.caption_strategy == "instanceprompt",
+    }
+    wanting = [key for key, on in wanted.items() if on]
+    if wanting and not (image.instance_prompt or "").strip():
+        words = f'is not set or empty, but "{wanting[0]}" needs one: type your prompt'
+        yield {"instance_prompt", *wanted}, f'key "instance_prompt": {words}'
+
+
+def _implicit_texts(config: Config) -> TextEmbedsBackend:
+    folder = config.data.cache_dir / "text"
+    return TextEmbedsBackend(id="text-embeds", dataset_type="text_embeds", default=True, cache_dir=folder)
+
+
+def _default_problems(texts: Sequence[TextEmbedsBackend]) -> list[str]:
+    defaults = [text.id for text in texts if text.default]
+    if len(defaults) > 1:
+        return [f'key "default": {", ".join(found(name) for name in defaults)} are all the default: leave it to one']
+    if len(texts) > 1 and not defaults:
+        return ['key "default": of several text_embeds entries none is the default: set it to true for one']
+    return []
+
+
+def _with_text_embeds(
+    image: ImageBackend, texts: Sequence[TextEmbedsBackend], problems: list[str]
+) -> ImageBackend:
+    """`image` with the id of the embed cache that it uses."""
+    ids = [text.id for text in texts]
+    if image.text_embeds and image.text_embeds not in ids:
+        hint = did_you_mean(image.text_embeds, ids) or f"; there is {', '.join(found(name) for name in ids)}"
+        problems.append(f'{_place(image.id)}key "text_embeds": found {found(image.text_embeds)}, no such entry{hint}')
+    default = next((text.id for text in texts if text.default), ids[0])
+    return image.model_copy(update={"text_embeds": image.text_embeds or default})

@@ -1,0 +1,167 @@
+"""The model families, as plain facts: one row each. No torch; the widths come from the weights themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
+
+from helpers.config.paths import ROOT, from_root
+from helpers.sizes import Size
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of UNet, and the defaults that follow from it.
+
+    `flavours` maps a flavour's name to its hub id. `alignment` is the number of pixels that every edge must be a
+    multiple of; `resolution` is the edge in pixels at which the family was trained.
+    """
+
+    key: str
+    name: str
+    model_family: str
+    stage: int
+    flavours: Mapping[str, str] = field(repr=False)
+    default_flavour: str
+    alignment: int
+    resolution: int
+    validation_resolution: tuple[Size, ...]
+    data_backend_config: Path
+    mixed_precisions: tuple[str, ...]
+    guidance_rescale: bool
+    largest_factor: int = 4
+
+
+DEEPFLOYD_I = Family(
+    key="deepfloyd-i",
+    name="DeepFloyd IF stage I",
+    model_family="deepfloyd",
+    stage=1,
+    flavours=MappingProxyType({
+        "i-medium-400m": "DeepFloyd/IF-I-M-v1.0",
+        "i-large-900m": "DeepFloyd/IF-I-L-v1.0",
+        "i-xlarge-4.3b": "DeepFloyd/IF-I-XL-v1.0",
+    }),
+    default_flavour="i-medium-400m",
+    alignment=8,
+    resolution=64,
+    validation_resolution=(Size(64, 64),),
+    data_backend_config=ROOT / "multidatabackend_deepfloyd.json",
+    mixed_precisions=("no", "bf16"),
+    guidance_rescale=False,
+)
+
+MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
+    "deepfloyd-lora": (DEEPFLOYD_I, "lora"),
+    "deepfloyd-full": (DEEPFLOYD_I, "full"),
+})
+"""The names that MODEL_TYPE may have: what is trained (a family's row), and how ("lora" or "full")."""
+
+TRAINING_KINDS = ("lora", "full")
+
+
+class Contradiction(ValueError):
+    """What the model options say does not fit together; `option` is the flag to blame, `str()` says why."""
+
+    def __init__(self, option: str, words: str):
+        super().__init__(words)
+        self.option = option
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model to train, said in full: both front doors end in the same one."""
+
+    model_type: str
+    family: Family
+    training_kind: str
+    flavour: str | None
+    name: str
+
+
+def resolve(
+    model_type: str | None, model_family: str | None, model_flavour: str | None, model_name: str | None
+) -> Model:
+    """Join the two ways to name a model: one `model_type`, or a family with its flavour and "lora" or "full".
+
+    Returns:
+        the model; `flavour` is None where `model_name` is none of the family's own (a local folder, another hub id)
+        and no flavour was given; `name` is an absolute path for a local folder, a hub id otherwise.
+
+    Raises:
+        Contradiction: in words, for names that do not exist and for options that contradict each other.
+    """
+    full_type = _full_type(model_type, model_family, model_flavour)
+    family, kind = MODEL_TYPES[full_type]
+    if model_family is not None and model_family != family.model_family:
+        raise Contradiction(
+            "model_family",
+            f"found {model_family!r} beside model_type {full_type!r}, which is {family.model_family!r}: "
+            "remove one of the two",
+        )
+    flavour = model_flavour or _flavour_of(model_name, family)
+    _check_flavour(flavour, family)
+    if model_name is None:
+        flavour = flavour or family.default_flavour
+        return Model(full_type, family, kind, flavour, family.flavours[flavour])
+    _check_name(model_name, model_flavour, family)
+    return Model(full_type, family, kind, flavour, _local_or_hub(model_name))
+
+
+def _full_type(model_type: str | None, model_family: str | None, model_flavour: str | None) -> str:
+    if model_type in MODEL_TYPES:
+        return model_type
+    if model_type is not None and model_type not in TRAINING_KINDS:
+        raise Contradiction("model_type", f"found {model_type!r}, needs {_one_of(MODEL_TYPES, model_type)}")
+    if model_family is None:
+        found = "is not set" if model_type is None else f"found {model_type!r} without a model_family"
+        raise Contradiction("model_type", f"{found}, needs {_one_of(MODEL_TYPES, model_type)}")
+    kind = model_type or "lora"
+    rows = {name: row for name, row in MODEL_TYPES.items() if row[0].model_family == model_family}
+    if not rows:
+        families = {family.model_family for family, _ in MODEL_TYPES.values()}
+        raise Contradiction("model_family", f"found {model_family!r}, needs {_one_of(families, model_family)}")
+    flavoured = [name for name, row in rows.items() if row[1] == kind and model_flavour in row[0].flavours]
+    return flavoured[0] if flavoured else next(name for name, row in rows.items() if row[1] == kind)
+
+
+def _flavour_of(model_name: str | None, family: Family) -> str | None:
+    return next((flavour for flavour, hub_id in family.flavours.items() if hub_id == model_name), None)
+
+
+def _check_flavour(flavour: str | None, family: Family) -> None:
+    if flavour is not None and flavour not in family.flavours:
+        raise Contradiction(
+            "model_flavour", f"found {flavour!r}, {family.name} needs {_one_of(family.flavours, flavour)}"
+        )
+
+
+def _check_name(model_name: str, model_flavour: str | None, family: Family) -> None:
+    own = _flavour_of(model_name, family)
+    if own is not None and model_flavour is not None and own != model_flavour:
+        raise Contradiction(
+            "model_flavour",
+            f"found {model_flavour!r} beside the model {model_name!r}, which is {own!r}: remove one of the two",
+        )
+    if own is None and model_name.startswith("DeepFloyd/") and not from_root(model_name).is_dir():
+        raise Contradiction(
+            "pretrained_model_name_or_path",
+            f"found {model_name!r}, which is not a {family.name} model: "
+            f"type one of {', '.join(family.flavours.values())}, or the path of a local folder",
+        )
+
+
+def _local_or_hub(model_name: str) -> str:
+    """A folder's absolute path, so that it is found wherever the trainer is started; anything else as it stands."""
+    looks_local = model_name.startswith(("/", "./", "../", "~")) or from_root(model_name).is_dir()
+    return str(from_root(model_name)) if looks_local else model_name
+
+
+def _one_of(names: Mapping[str, object] | set[str], found: str | None) -> str:
+    close = get_close_matches(found or "", list(names), n=1)
+    listed = ", ".join(sorted(names))
+    words = f"one of {listed}" if len(names) > 1 else listed
+    return words + (f" (did you mean {close[0]!r}?)" if close else "")

@@ -1,0 +1,67 @@
+"""Options that existing env files and config files name and that this trainer does not have.
+
+Their "off" value passes, because it asks for nothing. Any other value is refused with what to do instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from helpers.config.problems import found
+
+FALSE = ("false", "0", "no", "off", "none")
+
+
+@dataclass(frozen=True)
+class Later:
+    """A name without a meaning here. `off` is None where every value passes: another option switches it off."""
+
+    name: str
+    exports: tuple[str, ...]
+    off: tuple[str, ...] | None
+    instead: str
+
+    @property
+    def label(self) -> str:
+        return f'--{self.name} (export {" or ".join(self.exports)}, key "{self.name}")'
+
+    def problem(self, value: object) -> str | None:
+        """What to tell the user who gave `value`; None where it asks for nothing."""
+        off = self.off is None or value is None or str(value).strip().lower() in ("", *self.off)
+        return None if off else f"{self.label}: found {found(value)}, which is not offered: {self.instead}"
+
+
+_TABLE = (
+    Later("use_dora", ("USE_DORA",), FALSE, "set it to false, plain LoRA is trained"),
+    Later("use_bitfit", ("USE_BITFIT",), FALSE, "set it to false"),
+    Later("use_ema", ("USE_EMA",), FALSE, "set it to false"),
+    Later("ema_decay", ("EMA_DECAY",), None, ""),
+    Later("snr_gamma", ("MIN_SNR_GAMMA",), FALSE, "remove it, the loss is the one that DeepFloyd was trained with"),
+    Later("vae_batch_size", ("VAE_BATCH_SIZE",), (*FALSE, "1"), "remove it, DeepFloyd has no VAE"),
+    Later("num_eval_images", ("NUM_EVAL_IMAGES",), FALSE, "remove it, stage I has validation prompts instead"),
+    Later("push_to_hub", ("PUSH_TO_HUB",), FALSE, "set it to false and upload the output folder with `hf upload`"),
+    Later("push_checkpoints_to_hub", ("PUSH_CHECKPOINTS",), FALSE,
+          "set it to false and upload the output folder with `hf upload`"),
+    Later("hub_model_id", ("HUB_MODEL_NAME",), None, ""),
+    Later("controlnet", ("CONTROLNET",), FALSE, "set it to false"),
+)
+LATER: Mapping[str, Later] = MappingProxyType({row.name: row for row in _TABLE})
+"""By the option's name."""
+
+LATER_EXPORTS: Mapping[str, Later] = MappingProxyType({name: row for row in _TABLE for name in row.exports})
+
+LATER_PREFIXES: Mapping[str, str] = MappingProxyType({
+    "TEXT_ENCODER_": "remove it, the text encoder is not trained",
+    "DELETE_": "set it to false, the dataset is only read: images that cannot be used are left out and listed",
+})
+"""Exports that begin so, with what to do instead."""
+
+
+def prefixed_problem(name: str, value: str) -> str | None:
+    """The problem with an export of `LATER_PREFIXES`; None where it is off or no such export."""
+    instead = next((words for prefix, words in LATER_PREFIXES.items() if name.startswith(prefix)), None)
+    if instead is None or value.strip().lower() in ("", *FALSE):
+        return None
+    return f"export {name}: found {found(value)}, which is not offered: {instead}"

@@ -1,0 +1,288 @@
+"""From what the user typed to one frozen Config: defaults < config.json < exports < flags, all problems in one list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from helpers.config.checks import problems as problems_between
+from helpers.config.docs import help_text
+from helpers.config.families import Contradiction, Model, resolve
+from helpers.config.jsonfile import read_json
+from helpers.config.later import LATER
+from helpers.config.options import GROUPS, ROWS, SWITCH_WORDS, Config, Row, parse_switch
+from helpers.config.paths import from_root
+from helpers.config.problems import ConfigError, did_you_mean, found, invalid_values, needs
+from helpers.sizes import Size
+
+ENV_FILE_MARK = "FLOYDTUNER_ENV_FILE"
+"""Set by train.sh to the env file that it read, so that a flag made from an export can be traced to it."""
+
+DEFAULT_EPOCHS = 25
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked config. `sources` says for each option where its value comes from; `config_file` is --config."""
+
+    config: Config
+    sources: Mapping[str, str]
+    config_file: Path | None = None
+
+
+class Exported(NamedTuple):
+    """An export that sets an option: its name, and the value that its flag gets."""
+
+    name: str
+    value: str
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> Resolved:
+    """Read flags, and the config.json that they may name.
+
+    `environ` gives no values: train.sh has turned exports into flags. It only tells which flags those are.
+
+    Raises:
+        ConfigError: with all problems.
+        SystemExit: after printing the options, if --help is among the flags.
+    """
+    if {"--help", "-h"} & set(argv):
+        print(help_text())
+        raise SystemExit(0)
+    flags, problems = read_flags(argv)
+    config_file = from_root(flags.pop("config")) if flags.get("config") else None
+    keys = _read_config_file(config_file, problems)
+    values = {**keys, **flags}
+    problems += _later_problems(values)
+    values = {name: value for name, value in values.items() if name in ROWS}
+    config = _config(values, problems)
+    if problems:
+        raise ConfigError(problems)
+    sources = {name: "default" for name, row in ROWS.items() if row.group in GROUPS}
+    sources |= {name: config_file.name for name in keys if name in sources}
+    sources |= {name: _flag_source(ROWS[name], value, environ) for name, value in flags.items() if name in sources}
+    return Resolved(config, MappingProxyType(sources), config_file)
+
+
+def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Split `--name=value`, `--name value` and bare switches; a later flag replaces an earlier one.
+
+    Returns:
+        the values by option name, and what is wrong with the rest.
+    """
+    flags: dict[str, str] = {}
+    problems: list[str] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--"):
+            problems.append(f"found {argument!r} where a flag is expected: type --name=value, with quotes round spaces")
+            continue
+        name, equals, value = argument[2:].partition("=")
+        if not equals:
+            value = _value_after(name, rest)
+        if name not in ROWS and name not in LATER:
+            problems.append(_unknown(f"--{name}", name))
+        elif value is None:
+            problems.append(f"{ROWS[name].label}: no value, needs {needs(ROWS[name].field)}")
+        else:
+            flags[name] = value
+    return flags, problems
+
+
+def _value_after(name: str, rest: list[str]) -> str | None:
+    """Take the value of `--name value` from `rest`; a switch alone is true."""
+    follows = bool(rest) and not rest[0].startswith("--")
+    if (name in ROWS and ROWS[name].is_switch) or name in LATER:
+        return rest.pop(0) if follows and rest[0].strip().lower() in SWITCH_WORDS else "true"
+    return rest.pop(0) if follows else None
+
+
+def _unknown(shown: str, name: str) -> str:
+    by_export = {export: row for row in ROWS.values() for export in row.all_exports}
+    if name.upper() in by_export:
+        row = by_export[name.upper()]
+        return f"{shown}: not an option; that is the export of --{row.name}"
+    dashes = "--" if shown.startswith("--") else ""
+    hint = did_you_mean(dashes + name, [dashes + known for known in (*ROWS, *LATER)])
+    return f"{shown}: not an option{hint or '; OPTIONS.md lists them'}"
+
+
+def _read_config_file(path: Path | None, problems: list[str]) -> dict[str, Any]:
+    """The values of config.json; a null counts as not set, `$schema` is for editors."""
+    if path is None:
+        return {}
+    try:
+        content = read_json(path, ROWS["config"].label)
+    except ConfigError as error:
+        problems += error.problems
+        return {}
+    if not isinstance(content, dict):
+        problems.append(f"{path}: needs one object of options: {{\"model_type\": ...}}")
+        return {}
+    content.pop("$schema", None)
+    unknown = [name for name in content if name not in LATER and (name not in ROWS or name == "config")]
+    problems += [_unknown(f'{path.name}, key "{name}"', name.lstrip("-")) for name in unknown]
+    return {name: value for name, value in content.items() if name not in unknown and value is not None}
+
+
+def _later_problems(values: Mapping[str, Any]) -> list[str]:
+    problems = (LATER[name].problem(value) for name, value in values.items() if name in LATER)
+    return [problem for problem in problems if problem]
+
+
+def _config(values: Mapping[str, Any], problems: list[str]) -> Config:
+    """A config of all values that are right by themselves; what is wrong is added to `problems`."""
+    groups, wrong = {}, set()
+    for group, model in GROUPS.items():
+        own = {name: value for name, value in values.items() if name in model.model_fields}
+        try:
+            groups[group] = model.model_validate(own)
+        except ValidationError as error:
+            invalid = invalid_values(error, model.model_fields)
+            problems += [_invalid(ROWS[name], own[name], words) for name, words in invalid.items()]
+            groups[group] = model.model_validate({name: own[name] for name in own if name not in invalid})
+            wrong |= set(invalid)
+    given = set(values) - wrong
+    model = _resolve(groups["model"], wrong, problems)
+    config = _completed(Config(**groups), given, model)
+    problems += [str(problem) for problem in problems_between(config) if not wrong & set(problem.options)]
+    problems += _prompt_library_problems(config.validation.validation_prompt_library)
+    return config
+
+
+def _invalid(row: Row, value: object, words: str) -> str:
+    instead = row.refused.get(str(value).strip().lower())
+    return f"{row.label}: " + (f"found {found(value)}; {instead}" if instead else words)
+
+
+def _resolve(options: Any, wrong: set[str], problems: list[str]) -> Model:
+    """The model to train; where there is none, the first family's, so that the other options can be checked."""
+    try:
+        return resolve(
+            options.model_type, options.model_family, options.model_flavour, options.pretrained_model_name_or_path
+        )
+    except Contradiction as error:
+        problems.append(f"{ROWS[error.option].label}: {error}")
+        wrong.add("model_type")
+        return resolve("deepfloyd-lora", None, None, None)
+
+
+def _completed(config: Config, given: set[str], model: Model) -> Config:
+    """`config` with the defaults that follow from the family and from other options."""
+    by_family = {
+        name: getattr(model.family, name) for name, row in ROWS.items() if row.by_family and name not in given
+    }
+    epochs = 0 if config.training.max_train_steps else DEFAULT_EPOCHS
+    optimizer = "adamw_bf16" if config.training.pure_bf16 else "adamw"
+    filled = {
+        "model": _model_values(model),
+        "data": {name: value for name, value in by_family.items() if ROWS[name].group == "data"},
+        "validation": {name: value for name, value in by_family.items() if ROWS[name].group == "validation"},
+        "training": {} if "num_train_epochs" in given else {"num_train_epochs": epochs},
+        "optimizer": {} if "optimizer" in given else {"optimizer": optimizer},
+    }
+    return config.model_copy(update={
+        group: getattr(config, group).model_copy(update=values) for group, values in filled.items()
+    })
+
+
+def _model_values(model: Model) -> dict[str, Any]:
+    return {
+        "model_type": model.model_type,
+        "model_family": model.family.model_family,
+        "model_flavour": model.flavour,
+        "pretrained_model_name_or_path": model.name,
+    }
+
+
+def read_prompt_library(path: Path) -> dict[str, str]:
+    """Read validation prompts, {name: prompt}.
+
+    Raises:
+        ConfigError: if the file is not such an object.
+    """
+    label = ROWS["validation_prompt_library"].label
+    content = read_json(path, label)
+    if not isinstance(content, dict) or not all(isinstance(prompt, str) and prompt for prompt in content.values()):
+        raise ConfigError([f'{label}: {path} needs one object of texts: {{"name": "prompt", ...}}'])
+    return content
+
+
+def _prompt_library_problems(path: Path | None) -> tuple[str, ...]:
+    try:
+        if path is not None:
+            read_prompt_library(path)
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def exported(row: Row, environ: Mapping[str, str]) -> list[Exported]:
+    """The exports that set `row`, with their values as its flag takes them; an empty export is not set.
+
+    Raises:
+        ValueError: in words, if a switch is neither on nor off.
+    """
+    values = [Exported(name, environ[name]) for name in row.exports if environ.get(name, "").strip()]
+    for name, value in row.switches.items():
+        word = environ.get(name, "").strip()
+        if word and _is_on(row, name, word):
+            values.append(Exported(name, value))
+    return values
+
+
+def _is_on(row: Row, export: str, word: str) -> bool:
+    try:
+        return parse_switch(word)
+    except ValueError:
+        raise ValueError(f"{row.label}: found {word!r} in export {export}, needs true or false") from None
+
+
+def _flag_source(row: Row, value: str, environ: Mapping[str, str]) -> str:
+    env_file = environ.get(ENV_FILE_MARK)
+    if env_file is None:
+        return "flag"
+    names = [export.name for export in exported(row, environ) if export.value == value]
+    return f"export {names[0]} ({env_file or 'environment'})" if names else "flag"
+
+
+def plain(value: object) -> object:
+    """An option's value as config.json could hold it."""
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, tuple):
+        return ",".join(str(Size(*size)) for size in value)
+    return value
+
+
+def as_json(resolved: Resolved) -> dict[str, Any]:
+    """The resolved options and their sources, for run.json: {"options": {name: value}, "sources": {name: source}}.
+
+    "options" can be used as a config.json again.
+    """
+    config = resolved.config
+    options = {name: plain(getattr(getattr(config, row.group), name)) for name, row in _rows_of_config()}
+    return {"options": options, "sources": dict(resolved.sources)}
+
+
+def describe(resolved: Resolved) -> str:
+    """The resolved options as text, one a line with its source, those that someone set marked by a star."""
+    content = as_json(resolved)
+    lines = []
+    for group in GROUPS:
+        lines.append(f"[{group}]")
+        for name in (name for name, row in _rows_of_config() if row.group == group):
+            source = content["sources"][name]
+            value = "-" if content["options"][name] is None else found(content["options"][name])
+            lines.append(f"{' ' if source == 'default' else '*'} {name:32} {value:40} {source}")
+    return "\n".join(lines)
+
+
+def _rows_of_config() -> list[tuple[str, Row]]:
+    return [(name, row) for name, row in ROWS.items() if row.group in GROUPS]

@@ -1,0 +1,337 @@
+"""The one table of options. Each is stated here once: its name is its flag and its config.json key.
+
+Everything else that knows the options is derived from this table: the parser, the mapping from exports to flags that
+train.sh uses, the checks, OPTIONS.md and the JSON Schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic.fields import FieldInfo
+
+from helpers.config.families import MODEL_TYPES, Family
+from helpers.config.paths import from_root
+from helpers.sizes import Size, parse_sizes
+
+SWITCH_WORDS: Mapping[str, bool] = MappingProxyType({
+    "true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False,
+})
+
+
+def parse_switch(value: object) -> bool:
+    """true/false, 1/0, yes/no, on/off in any case. Raises ValueError for anything else."""
+    word = str(value).strip().lower()
+    if word not in SWITCH_WORDS:
+        raise ValueError("needs true or false")
+    return SWITCH_WORDS[word]
+
+
+def _not_a_switch(value: object) -> object:
+    if isinstance(value, bool):  # JSON's true would pass for the number 1
+        raise ValueError("true and false are not numbers")
+    return value
+
+
+def _whole_if_integral(value: float) -> float:
+    """64.0 becomes 64, so that sizes computed from it are whole numbers and print as such."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _to_sizes(value: object) -> tuple[Size, ...]:
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(entry, bool) for entry in entries):
+        raise ValueError("needs sizes like 64 or 96x64")
+    return parse_sizes(",".join(str(entry) for entry in entries))
+
+
+def _resume_name(value: str) -> str:
+    if value not in ("latest", "none") and not (value.startswith("checkpoint-") and value[11:].isdigit()):
+        raise ValueError("needs latest, none, or the name of a checkpoint such as checkpoint-500")
+    return value
+
+
+Switch = Annotated[bool, BeforeValidator(parse_switch)]
+Whole = Annotated[int, BeforeValidator(_not_a_switch)]
+Real = Annotated[float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False)]
+Extent = Annotated[Real, AfterValidator(_whole_if_integral)]
+"""Pixels of an edge, or megapixels: whole numbers stay whole."""
+FromRoot = Annotated[Path, AfterValidator(from_root)]
+"""A path; a relative one counts from the project's root."""
+Sizes = Annotated[
+    tuple[Size, ...], BeforeValidator(_to_sizes),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"},
+                              {"type": "array", "items": {"type": ["string", "integer"]}}]}),
+]
+Resume = Annotated[str, AfterValidator(_resume_name)]
+ResolutionType = Literal["pixel", "area"]
+DownsampleMethod = Literal["stepwise", "single"]
+CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
+
+
+def option(
+    default: Any = None,
+    *,
+    help: str,
+    export: str | tuple[str, ...] = (),
+    switches: Mapping[str, str] | None = None,
+    unit: str = "",
+    by_family: bool = False,
+    default_words: str = "",
+    refused: Mapping[str, str] | None = None,
+    **limits: float,
+) -> Any:
+    """State one option.
+
+    Args:
+        export: its name or names in the env file; without one, its own name in capitals.
+        switches: further exports that are switches, with the value that each stands for when it is on.
+        by_family: the default is the attribute of the same name of the family's row.
+        default_words: the default in words, where it follows from other options (`load.py` fills it in).
+        refused: values that users are known to try, with what to do instead.
+        limits: pydantic's ge, gt, le, lt.
+    """
+    facts = {
+        "exports": [export] if isinstance(export, str) else list(export),
+        "switches": dict(switches or {}),
+        "unit": unit,
+        "by_family": by_family,
+        "default_words": default_words,
+        "refused": dict(refused or {}),
+    }
+    return Field(
+        default, description=help, validate_default=default is not None, json_schema_extra={"option": facts}, **limits
+    )
+
+
+class Group(BaseModel):
+    """One group of options; frozen, and closed to names that it does not state."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelOptions(Group):
+    model_type: str | None = option(
+        help=f"What to train: {', '.join(MODEL_TYPES)}; or lora or full, beside model_family.",
+        default_words="lora, where model_family is set")
+    model_family: str | None = option(
+        help="The family of models (deepfloyd), the other way to say the model type.", default_words="by model_type")
+    model_flavour: str | None = option(
+        help="Which of the family's models: i-medium-400m, i-large-900m or i-xlarge-4.3b.",
+        default_words="i-medium-400m")
+    pretrained_model_name_or_path: str | None = option(
+        export="MODEL_NAME", help="The weights: a hub id, or a local folder in the diffusers layout.",
+        default_words="the flavour's hub id")
+    revision: str | None = option(export="MODEL_REVISION", help="Branch, tag or commit of the hub's repository.")
+    variant: str | None = option(export="MODEL_VARIANT", help="Variant of the weight files, such as fp16.")
+
+
+class DataOptions(Group):
+    data_backend_config: FromRoot = option(
+        export="DATALOADER_CONFIG", by_family=True, help="The dataloader JSON: the datasets and their caches.")
+    cache_dir: FromRoot = option("cache", help="Where caches go that the dataloader JSON gives no folder.")
+    resolution: Extent = option(
+        by_family=True, gt=0, unit="px or MP", help="Training size: an edge in pixels, or megapixels.")
+    resolution_type: ResolutionType = option(
+        "pixel", help="pixel: resolution is the edge of a square, or the shorter edge; area: it is megapixels.")
+    minimum_image_size: Extent | None = option(
+        export=("MINIMUM_RESOLUTION", "MINIMUM_IMAGE_SIZE"), gt=0, unit="px or MP",
+        help="Images below it are left out and listed.")
+    maximum_image_size: Extent | None = option(
+        gt=0, unit="px or MP", help="Images above it are first resized to target_downsample_size, then cropped.")
+    target_downsample_size: Extent | None = option(
+        gt=0, unit="px or MP", help="The size that images above maximum_image_size are resized to before the crop.")
+    aspect_bucket_rounding: Whole = option(
+        2, ge=1, le=9, unit="digits", help="Digits that aspect ratios are rounded to before bucketing.")
+    downsample_method: DownsampleMethod = option(
+        "stepwise", help="stepwise: by 25 % at a time; single: one antialiased resize.")
+    caption_strategy: CaptionStrategy = option(
+        "filename", help="Where captions come from, for datasets that do not say it themselves.",
+        refused={"parquet": "captions from parquet files are not read: write them to .txt files and type textfile"})
+    instance_prompt: str | None = option(help="The prompt of caption_strategy instanceprompt, and the one prepended.")
+    caption_dropout_probability: Real = option(
+        0.1, ge=0, le=1, help="Share of captions replaced by the empty prompt, which guidance needs.")
+    text_encoder_batch_size: Whole = option(8, ge=1, unit="captions", help="Captions that are encoded at a time.")
+
+
+class TrainingOptions(Group):
+    train_batch_size: Whole = option(4, ge=1, unit="images", help="Images in a batch of one device.")
+    gradient_accumulation_steps: Whole = option(1, ge=1, unit="batches", help="Batches that make one step.")
+    max_train_steps: Whole = option(
+        0, export="MAX_NUM_STEPS", ge=0, unit="steps", help="Stop after so many steps; 0: by epochs only.")
+    num_train_epochs: Whole = option(
+        export="NUM_EPOCHS", ge=0, unit="epochs", default_words="25, or 0 where max_train_steps is set",
+        help="Stop after so many epochs; 0: by steps only. With both, whichever comes first.")
+    max_grad_norm: Real = option(1.0, ge=0, help="Gradients are clipped to this norm; 0: never.")
+    gradient_checkpointing: Switch = option(
+        False, export="USE_GRADIENT_CHECKPOINTING", help="Compute activations twice to save memory.")
+    mixed_precision: Literal["no", "bf16"] = option(
+        "bf16", help="Precision of the computation.",
+        refused={"fp16": "DeepFloyd's text encoder and UNet overflow in fp16: type bf16"})
+    pure_bf16: Switch = option(False, help="Keep the trained weights and the optimizer's state in bf16 too.")
+    attention_mechanism: Literal["sdpa", "xformers"] = option(
+        "sdpa", switches={"USE_XFORMERS": "xformers"},
+        help="Attention kernels; sdpa is used where xformers is not at hand, and needs no more memory.")
+    seed: Whole = option(42, export="TRAINING_SEED", ge=0, help="Seed of everything that training draws.")
+    allow_tf32: Switch = option(True, help="Let CUDA round fp32 matrix products to TF32.")
+
+
+class LoraOptions(Group):
+    lora_rank: Whole = option(32, ge=1, help="Rank of the adapter's matrices.")
+    lora_alpha: Real | None = option(gt=0, default_words="lora_rank", help="The adapter is scaled by alpha / rank.")
+    lora_dropout: Real = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.")
+    lora_targets: Literal["attention", "attention+conv"] = option(
+        "attention", help="The layers that get an adapter.")
+
+
+class OptimizerOptions(Group):
+    optimizer: Literal["adamw", "adamw_bf16"] = option(
+        default_words="adamw_bf16 with pure_bf16, else adamw",
+        help="adamw; adamw_bf16 keeps what bf16 weights would round away.",
+        refused={"adamw8bit": "8-bit states are not offered: type adamw_bf16"})
+    learning_rate: Real = option(4e-5, gt=0, help="The highest learning rate.")
+    lr_end: Real = option(
+        0.0, export="LEARNING_RATE_END", ge=0,
+        help="The learning rate at the end of a decay, or at the bottom of each valley.")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "sine"] = option(
+        "cosine", export="LR_SCHEDULE", help="How the learning rate goes from learning_rate to lr_end.")
+    lr_warmup_steps: Whole = option(0, ge=0, unit="steps", help="Steps in which the learning rate rises from 0.")
+    lr_power: Real = option(1.0, gt=0, help="Power of the polynomial schedule.")
+    adam_beta1: Real = option(0.9, ge=0, lt=1, help="Decay of the mean of gradients.")
+    adam_beta2: Real = option(0.999, ge=0, lt=1, help="Decay of the mean of squared gradients.")
+    adam_epsilon: Real = option(1e-8, gt=0, help="Added to the denominator.")
+    adam_weight_decay: Real = option(0.01, ge=0, help="Decoupled weight decay.")
+
+
+class ValidationOptions(Group):
+    validation_prompt: str | None = option(help="What to draw at each validation; unset: see the prompt library.")
+    validation_prompt_library: FromRoot | None = option(
+        export="USER_PROMPT_LIBRARY", help="A JSON file {name: prompt} of further prompts to draw.")
+    validation_negative_prompt: str = option("", help="What to avoid in validation images.")
+    validation_resolution: Sizes = option(
+        by_family=True, unit="px", help="Sizes of validation images: 64, 96x64, or several: 64,96,64x96,96x64.")
+    validation_steps: Whole = option(
+        250, ge=0, unit="steps", help="Steps between validations; 0: only before the first step and after the last.")
+    validation_num_inference_steps: Whole = option(25, ge=1, unit="steps", help="Denoising steps per image.")
+    validation_guidance: Real = option(7.5, ge=1, help="Classifier-free guidance scale; 1: none.")
+    validation_guidance_rescale: Real = option(0.0, ge=0, le=1, help="Rescaling of guidance; 0: none.")
+    validation_seed: Whole = option(42, ge=0, help="Seed of the validation images, the same at each validation.")
+
+
+class RunOptions(Group):
+    output_dir: FromRoot = option("output", help="Where results go.")
+    checkpointing_steps: Whole = option(500, ge=0, unit="steps", help="Steps between checkpoints; 0: at the end only.")
+    checkpoints_total_limit: Whole = option(
+        3, export="CHECKPOINTING_LIMIT", ge=0, help="Checkpoints to keep, the newest ones; 0: all.")
+    resume_from_checkpoint: Resume = option(
+        "latest", export="RESUME_CHECKPOINT",
+        help="latest (from the start where there is none), none, or a name like checkpoint-500.")
+    report_to: Literal["tensorboard", "wandb", "none"] = option("tensorboard", help="Where the curves go.")
+    tracker_project_name: str = option("floydtuner", help="The tracker's project.")
+    tracker_run_name: str | None = option(default_words="output_dir's name", help="The tracker's name for this run.")
+    dry_run: Switch = option(False, help="Print the options and the plan of the data, then stop.")
+
+
+class DoorOptions(Group):
+    """Says where options come from; not part of `Config`, so that every way in ends in the same one."""
+
+    config: FromRoot | None = option(export="CONFIG_FILE", help="A JSON file of options by their flags' names.")
+
+
+class LaunchOptions(Group):
+    """What train.sh itself reads. These are exports only: they say how the trainer is started, not what it does."""
+
+    env_file: str = option("sd2x-env.sh", help="The env file to read: `ENV_FILE=my-env.sh ./train.sh`.")
+    num_processes: Whole = option(
+        1, export="TRAINING_NUM_PROCESSES", ge=1, help="Processes (GPUs) to train with, on all machines together.")
+    num_machines: Whole = option(1, export="TRAINING_NUM_MACHINES", ge=1, help="Machines to train with.")
+    dynamo_backend: str = option(
+        "no", export="TRAINING_DYNAMO_BACKEND", help="The backend of torch.compile that accelerate is told.")
+    accelerate_args: str = option(
+        "", export="ACCELERATE_EXTRA_ARGS", help="More words for `accelerate launch`, quoted as in a shell.")
+    trainer_args: str = option(
+        "", export="TRAINER_EXTRA_ARGS", help="More flags for the trainer, quoted as in a shell.")
+
+
+class Config(BaseModel):
+    """All options of one run, typed and checked. `helpers.config.load.load` makes it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: ModelOptions
+    data: DataOptions
+    training: TrainingOptions
+    lora: LoraOptions
+    optimizer: OptimizerOptions
+    validation: ValidationOptions
+    run: RunOptions
+
+    @property
+    def family(self) -> Family:
+        return MODEL_TYPES[self.model.model_type][0]
+
+    @property
+    def training_kind(self) -> str:
+        """ "lora" or "full"."""
+        return MODEL_TYPES[self.model.model_type][1]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One option as the table states it."""
+
+    group: str
+    name: str
+    exports: tuple[str, ...]
+    switches: Mapping[str, str]
+    field: FieldInfo
+    unit: str
+    by_family: bool
+    default_words: str
+    refused: Mapping[str, str]
+
+    @property
+    def all_exports(self) -> tuple[str, ...]:
+        return (*self.exports, *self.switches)
+
+    @property
+    def label(self) -> str:
+        """How messages name the option: its flag, its exports and its key."""
+        if self.group == "launch":
+            return f"export {self.exports[0]}"
+        return f'--{self.name} (export {" or ".join(self.all_exports)}, key "{self.name}")'
+
+    @property
+    def is_switch(self) -> bool:
+        return self.field.annotation is bool
+
+
+GROUPS: Mapping[str, type[Group]] = MappingProxyType({
+    name: field.annotation for name, field in Config.model_fields.items()
+})
+
+
+def _row(group: str, name: str, field: FieldInfo) -> Row:
+    facts = field.json_schema_extra["option"]
+    exports = tuple(facts["exports"]) or (name.upper(),)
+    return Row(
+        group, name, exports, MappingProxyType(facts["switches"]), field, facts["unit"], facts["by_family"],
+        facts["default_words"], MappingProxyType(facts["refused"]),
+    )
+
+
+ROWS: Mapping[str, Row] = MappingProxyType({
+    name: _row(group, name, field)
+    for group, model in {**GROUPS, "door": DoorOptions}.items()
+    for name, field in model.model_fields.items()
+})
+"""Every option that has a flag, by its name."""
+
+LAUNCH_ROWS: Mapping[str, Row] = MappingProxyType({
+    name: _row("launch", name, field) for name, field in LaunchOptions.model_fields.items()
+})

@@ -1,0 +1,125 @@
+"""From a planned batch to tensors: cached pixels and cached embeddings, read into buffers that are used again.
+
+A fresh tensor of 10-40 MB for each batch costs more in page faults than reading it costs; worker processes would
+copy everything once more. So a few buffers go round, and one thread reads ahead.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers.caching.embeds import EmbedCache
+from helpers.caching.pixels import PixelCache, pixel_key
+from helpers.data.sampler import BatchPlan, Position, Use
+
+Item = TypeVar("Item")
+_END = object()
+
+
+class Source(NamedTuple):
+    """The caches of one dataset; `method` is the downsample_method that its pixels were made with."""
+
+    pixels: PixelCache
+    embeds: EmbedCache
+    method: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one batch: they live in reused buffers, so clone what has to outlast the following batch."""
+
+    images: Tensor  # uint8 [B, H, W, 3]
+    prompt_embeds: Tensor  # bfloat16 [B, 77, D]
+    uses: tuple[Use, ...]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.images.to(device), self.prompt_embeds.to(device), self.uses)
+
+
+class Collator:
+    """Reads batches into a ring of buffers: the tensors of a batch stay valid while `ahead` more are read.
+
+    `prepare` turns a caption into the text that was encoded; it is called once per caption. Copy a batch to a device
+    before asking for the next: with pinned buffers, without `non_blocking`.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Source],
+        prepare: Callable[[str], str],
+        ahead: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        self._sources = sources
+        self._prepare = cache(prepare)
+        self._ahead = ahead
+        self._ring = cycle([_Slot(pin_memory) for _ in range(ahead + 1)])
+
+    def __call__(self, plan: BatchPlan) -> Batch:
+        source = self._sources[plan.dataset_id]
+        slot = next(self._ring)
+        images = slot.images(len(plan.uses), plan.target.height, plan.target.width, 3)
+        for image, use in zip(images.numpy(), plan.uses):
+            _read_crop(source, use, image, slot.band)
+        embeds = slot.embeds(len(plan.uses), *source.embeds.row_shape)
+        source.embeds.read([self._prepare(use.caption) for use in plan.uses], embeds)
+        return Batch(images, embeds, plan.uses)
+
+    def stream(self, plans: Iterable[tuple[Position, BatchPlan]]) -> Iterator[tuple[Position, Batch]]:
+        """Each position with its batch, read ahead of their use by one thread."""
+        return prefetch(((position, self(plan)) for position, plan in plans), self._ahead)
+
+
+def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """The same items; one thread makes up to `depth` of them ahead. Its errors come up here, in their turn."""
+    iterator = iter(items)
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        pending = deque(thread.submit(next, iterator, _END) for _ in range(depth))
+        while (item := pending.popleft().result()) is not _END:
+            pending.append(thread.submit(next, iterator, _END))
+            yield item
+
+
+class _Slot:
+    """The buffers of one batch; each grows to the largest size asked for, then is used again."""
+
+    def __init__(self, pin_memory: bool) -> None:
+        self.images = _Buffer(torch.uint8, pin_memory)
+        self.embeds = _Buffer(torch.bfloat16, pin_memory)
+        self.band = _Buffer(torch.uint8, pin_memory=False)
+
+
+class _Buffer:
+    def __init__(self, dtype: torch.dtype, pin_memory: bool) -> None:
+        self._pin_memory = pin_memory
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """A tensor of this shape over the buffer's memory, with whatever is in it."""
+        count = int(np.prod(shape))
+        if self._memory.numel() < count:
+            self._memory = torch.empty(count, dtype=self._memory.dtype, pin_memory=self._pin_memory)
+        return self._memory[:count].view(shape)
+
+
+def _read_crop(source: Source, use: Use, out: np.ndarray, band: _Buffer) -> None:
+    """Fill `out` [H, W, 3] with the use's box. Only the rows of the box are read, at their full width."""
+    left, top, right, bottom = use.box
+    width = use.plan.intermediate.width
+    key = pixel_key(use.record.content, use.plan.intermediate, source.method)
+    if right - left == width:
+        source.pixels.read_into(key, out, top)
+        return
+    rows = band(bottom - top, width, 3).numpy()
+    source.pixels.read_into(key, rows, top)
+    out[:] = rows[:, left:right]

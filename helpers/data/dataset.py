@@ -1,0 +1,186 @@
+"""One dataset of the dataloader JSON: its images with their plans, and the report of what is used and what is not."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from helpers.caching.pixels import PixelJob
+from helpers.data.scan import DatasetError, LeftOut, Record, Scan
+from helpers.images.geometry import Plan, Rules, plans, refusal
+from helpers.sizes import Size
+
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from helpers.config.backends import ImageBackend
+
+@dataclass(frozen=True)
+class Report:
+    """What becomes of a dataset. `buckets` counts the images that can be trained at each target size."""
+
+    dataset_id: str
+    found: int
+    used: int
+    upsampled: int
+    repeats: int
+    batches_per_epoch: int
+    buckets: Mapping[Size, int]
+    left_out: tuple[LeftOut, ...]
+
+    def describe(self) -> str:
+        """A few lines for the console."""
+        times = "once" if self.repeats == 0 else f"{self.repeats + 1} times"
+        lines = [
+            f"dataset {self.dataset_id!r}: {self.found:,} files found, {self.used:,} images used, {times} an epoch, "
+            f"in {self.batches_per_epoch:,} batches",
+            "  buckets: " + ", ".join(f"{size} ({count:,})" for size, count in self.buckets.items()),
+        ]
+        if self.upsampled:
+            lines.append(f"  {self.upsampled:,} are smaller than their bucket and are enlarged: "
+                         "minimum_image_size leaves such images out")
+        if self.left_out:
+            lines.append(f"  {len(self.left_out):,} left out, for example {_in_words(self.left_out[0])}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict[str, object]:
+        """The same as plain JSON values, with every file that is left out."""
+        return {
+            "dataset": self.dataset_id,
+            "found": self.found,
+            "used": self.used,
+            "upsampled": self.upsampled,
+            "repeats": self.repeats,
+            "batches_per_epoch": self.batches_per_epoch,
+            "buckets": {str(size): count for size, count in self.buckets.items()},
+            "left_out": [{"path": _printable(entry.path), "reason": entry.reason} for entry in self.left_out],
+        }
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The usable images of one dataset; `plans[i]` are those of `records[i]`.
+
+    `repeats` is how often an image is seen again in an epoch, `probability` weighs this dataset among others.
+    """
+
+    id: str
+    folder: Path
+    rules: Rules
+    records: tuple[Record, ...]
+    plans: tuple[tuple[Plan, ...], ...]
+    repeats: int = 0
+    probability: float = 1.0
+    left_out: tuple[LeftOut, ...] = ()
+
+    def pixel_jobs(self, method: str) -> list[PixelJob]:
+        """What the pixel cache has to hold: each image at each size that it is cropped from."""
+        return [
+            PixelJob(record.path, record.content, size, method)
+            for record, choices in zip(self.records, self.plans)
+            for size in dict.fromkeys(plan.intermediate for plan in choices)
+        ]
+
+    def captions(self) -> list[str]:
+        """Every caption that may be drawn, each once."""
+        return list(dict.fromkeys(caption for record in self.records for caption in record.captions))
+
+    def without(self, failures: Mapping[Path, str]) -> Dataset:
+        """The same dataset without the files that could not be used, which are added to what is left out."""
+        kept = [i for i, record in enumerate(self.records) if record.path not in failures]
+        lost = tuple(LeftOut(r.path, failures[r.path]) for r in self.records if r.path in failures)
+        return replace(
+            self,
+            records=tuple(self.records[i] for i in kept),
+            plans=tuple(self.plans[i] for i in kept),
+            left_out=self.left_out + lost,
+        )
+
+    def require_images(self) -> None:
+        """Raise DatasetError, with the reasons, if no image is left to train on."""
+        if self.records:
+            return
+        found = f"none of its {len(self.left_out)} files can be used" if self.left_out else "there are no images in it"
+        example = f", for example {_in_words(self.left_out[0])}" if self.left_out else ""
+        raise DatasetError(
+            f"dataset {self.id!r}: instance_data_dir is {_printable(self.folder)}, but {found}{example}; name a folder "
+            'with images that fit, or switch this dataset off with "disabled": true'
+        )
+
+    def report(self, batches_per_epoch: int) -> Report:
+        targets = Counter(target for choices in self.plans for target in {plan.target for plan in choices})
+        return Report(
+            dataset_id=self.id,
+            found=len(self.records) + len(self.left_out),
+            used=len(self.records),
+            upsampled=sum(any(plan.upsampled for plan in choices) for choices in self.plans),
+            repeats=self.repeats,
+            batches_per_epoch=batches_per_epoch,
+            buckets=dict(sorted(targets.items())),
+            left_out=self.left_out,
+        )
+
+
+def rules_for(backend: ImageBackend, alignment: int) -> Rules:
+    """The geometry of a dataset; `alignment` is the model family's."""
+    return Rules(
+        resolution=backend.resolution,
+        resolution_type=backend.resolution_type,
+        alignment=alignment,
+        crop=backend.crop,
+        crop_aspect=backend.crop_aspect,
+        crop_style=backend.crop_style,
+        crop_aspect_buckets=backend.crop_aspect_buckets,
+        aspect_bucket_rounding=backend.aspect_bucket_rounding,
+        minimum_image_size=backend.minimum_image_size,
+        maximum_image_size=backend.maximum_image_size,
+        target_downsample_size=backend.target_downsample_size,
+    )
+
+
+def plan_dataset(backend: ImageBackend, found: Scan, alignment: int) -> Dataset:
+    """The dataset of one entry of the dataloader JSON, from the scan of its folder."""
+    rules = rules_for(backend, alignment)
+    return plan_images(backend.id, backend.instance_data_dir, rules, found, backend.repeats, backend.probability)
+
+
+def plan_images(
+    dataset_id: str, folder: Path, rules: Rules, found: Scan, repeats: int = 0, probability: float = 1.0
+) -> Dataset:
+    """Plan every image of a scan; those that the rules refuse are left out with the reason."""
+    plan_of = _plans_by_size(rules)
+    planned = [(record, plan_of(record.size)) for record in found.records]
+    used = [(record, choices) for record, choices in planned if not isinstance(choices, str)]
+    refused = tuple(LeftOut(record.path, reason) for record, reason in planned if isinstance(reason, str))
+    return Dataset(
+        id=dataset_id,
+        folder=folder,
+        rules=rules,
+        records=tuple(record for record, _ in used),
+        plans=tuple(choices for _, choices in used),
+        repeats=repeats,
+        probability=probability,
+        left_out=found.left_out + refused,
+    )
+
+
+def _plans_by_size(rules: Rules) -> Callable[[Size], tuple[Plan, ...] | str]:
+    """The plans for a size, or why it is refused. Cached: images share few sizes, and so may share their plans."""
+
+    @cache
+    def plans_or_refusal(size: Size) -> tuple[Plan, ...] | str:
+        return refusal(size, rules) or plans(size, rules)
+
+    return plans_or_refusal
+
+
+def _in_words(entry: LeftOut) -> str:
+    return f"{_printable(entry.path)}: {entry.reason}"
+
+
+def _printable(path: Path) -> str:
+    """A path that any console and any JSON reader takes, also where its bytes are no UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")

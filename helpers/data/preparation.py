@@ -1,0 +1,91 @@
+"""Everything that happens to a run's data before the UNet is loaded: scan, plan, and fill the caches."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from helpers.caching.embeds import EmbedCache
+from helpers.caching.pixels import PixelCache
+from helpers.config.backends import Backends, ImageBackend
+from helpers.data.collate import Source
+from helpers.data.dataset import Dataset, plan_dataset
+from helpers.data.scan import Captions, scan
+from helpers.models.text import T5
+
+NULL_CAPTION = ""
+
+
+@dataclass(frozen=True)
+class TextCaches:
+    """The embed cache of each text entry of the dataloader JSON, by its id; `default` serves all else."""
+
+    by_id: Mapping[str, EmbedCache]
+    default: EmbedCache
+
+
+def scan_and_plan(backend: ImageBackend, alignment: int) -> tuple[Dataset, tuple[str, ...]]:
+    """Find a dataset's images and plan each; also what the user should be told of them.
+
+    Raises:
+        DatasetError: the folder is missing, or nothing in it can be used.
+    """
+    folder = hashlib.blake2b(os.fsencode(backend.instance_data_dir), digest_size=8).hexdigest()
+    captions = Captions(
+        backend.caption_strategy,
+        backend.instance_prompt,
+        backend.prepend_instance_prompt,
+        backend.only_instance_prompt,
+    )
+    found = scan(backend.id, backend.instance_data_dir, backend.cache_dir / f"scan-{folder}.jsonl", captions)
+    return plan_dataset(backend, found, alignment), found.notes
+
+
+def cache_pixels(dataset: Dataset, backend: ImageBackend) -> tuple[Dataset, PixelCache]:
+    """Decode and shrink what is not cached yet; images that cannot be decoded leave the dataset, with the reason."""
+    pixels = PixelCache(backend.cache_dir)
+    return dataset.without(pixels.build(dataset.pixel_jobs(backend.downsample_method))), pixels
+
+
+def open_text_caches(text: T5, model: Path, backends: Backends) -> TextCaches:
+    """Open the embed caches that belong to this model's text encoder."""
+    fingerprint = text.fingerprint(model)
+    by_id = {entry.id: EmbedCache(entry.cache_dir, fingerprint) for entry in backends.text_embeds}
+    default = next((entry for entry in backends.text_embeds if entry.default), backends.text_embeds[0])
+    return TextCaches(by_id, by_id[default.id])
+
+
+def cache_texts(
+    text: T5,
+    model: Path,
+    wanted: Iterable[tuple[EmbedCache, Sequence[str]]],
+    batch_size: int,
+    device: torch.device,
+    variant: str | None = None,
+) -> None:
+    """Encode the captions that no cache has yet. The encoder is loaded only for that, once, and freed again.
+
+    Args:
+        wanted: caches, each with the captions it must hold, as their users wrote them.
+    """
+    prepared = [(cache, [text.prepare(caption) for caption in captions]) for cache, captions in wanted]
+    if not any(cache.missing(texts) for cache, texts in prepared):
+        return
+    encoder = text.load(model, device, variant)
+    for cache, texts in prepared:
+        cache.build(texts, encoder, encoder.length_of, batch_size)
+    del encoder
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def source_of(backend: ImageBackend, pixels: PixelCache, texts: TextCaches) -> Source:
+    """Where the collator reads a dataset's samples."""
+    return Source(pixels, texts.by_id[backend.text_embeds], backend.downsample_method)

@@ -1,0 +1,258 @@
+"""Which images, crops and captions make the next batch: a pure function of seed and position.
+
+Nothing here opens a file. Every draw of a use comes from a hash of (seed, dataset, image, epoch, repeat), so it does
+not depend on the order of the images, on the number of workers, or on which other images there are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import accumulate, count
+from struct import Struct
+from typing import NamedTuple
+
+import numpy as np
+
+from helpers.data.dataset import Dataset
+from helpers.data.scan import DatasetError, Record
+from helpers.images.geometry import Plan, crop_box
+from helpers.sizes import Size
+
+_USE = Struct("<QQ")
+_DRAWS = Struct("<5Q")
+
+
+class Position(NamedTuple):
+    """Where training stands: `batch` batches of epoch `epoch` (both from 0) are done."""
+
+    epoch: int = 0
+    batch: int = 0
+
+
+class Use(NamedTuple):
+    """One image in one batch. `box` is (left, top, right, bottom) inside the plan's intermediate size."""
+
+    record: Record
+    plan: Plan
+    box: tuple[int, int, int, int]
+    caption: str  # "" where dropped
+    dropped: bool
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a batch holds: images of one dataset, all of the size `target`."""
+
+    dataset_id: str
+    target: Size
+    uses: tuple[Use, ...]
+
+
+class Sampler:
+    """Batches of several datasets, endless over epochs, from any position on.
+
+    An epoch sees every image (repeats + 1) times. A batch holds one target size of one dataset; what remains of a size
+    makes a smaller batch. The order is new in each epoch. `probability` weighs which dataset the next batch comes
+    from, among those that still have batches in this epoch.
+
+    Raises:
+        DatasetError: there are no datasets, or one is empty; the message names it.
+    """
+
+    def __init__(
+        self, datasets: Sequence[Dataset], batch_size: int, seed: int, caption_dropout_probability: float
+    ) -> None:
+        if not datasets:
+            raise DatasetError("there is no image dataset: the dataloader JSON needs at least one that is not disabled")
+        for dataset in datasets:
+            dataset.require_images()
+        self._caption_dropout_probability = caption_dropout_probability
+        self._seed = seed
+        self._decks = [_Deck(dataset, batch_size, seed) for dataset in datasets]
+        self._epoch: tuple[int, _Epoch] | None = None  # the plan of the epoch asked for last
+
+    def batches(self, start: Position = Position()) -> Iterator[tuple[Position, BatchPlan]]:
+        """Each batch with the position after it: resuming there goes on with the next one.
+
+        Raises:
+            ValueError: the epoch has fewer batches than `start` says, so it is of other data.
+        """
+        if start.batch > self.batches_in_epoch(start.epoch):
+            raise ValueError(
+                f"epoch {start.epoch} has {self.batches_in_epoch(start.epoch)} batches, not the {start.batch} that "
+                "were done: the datasets or the batch size changed since the checkpoint was made"
+            )
+        return self._batches(start)
+
+    def batches_in_epoch(self, epoch: int) -> int:
+        """Differs between epochs only where `crop_aspect` is "random"."""
+        return len(self._planned(epoch).deck)
+
+    def batches_by_dataset(self, epoch: int) -> dict[str, int]:
+        """How many batches of the epoch come from each dataset, by its id."""
+        counts = np.bincount(self._planned(epoch).deck, minlength=len(self._decks))
+        return {deck.dataset.id: number for deck, number in zip(self._decks, counts.tolist())}
+
+    def _batches(self, start: Position) -> Iterator[tuple[Position, BatchPlan]]:
+        first = start.batch
+        for epoch in count(start.epoch):
+            planned = self._planned(epoch)
+            for batch in range(first, len(planned.deck)):
+                is_last = batch + 1 == len(planned.deck)
+                after = Position(epoch + 1, 0) if is_last else Position(epoch, batch + 1)
+                yield after, self._batch(planned, epoch, batch)
+            first = 0
+
+    def _planned(self, epoch: int) -> _Epoch:
+        known = self._epoch
+        if known is None or known[0] != epoch:
+            known = self._epoch = (epoch, self._plan(epoch))
+        return known[1]
+
+    def _plan(self, epoch: int) -> _Epoch:
+        hands = [deck.deal(epoch) for deck in self._decks]
+        lengths = [len(hand.starts) for hand in hands]
+        deck = np.repeat(np.arange(len(hands)), lengths)
+        within = np.concatenate([np.arange(length) for length in lengths])
+        times = [_arrivals(self._seed, d.dataset, epoch, length) for d, length in zip(self._decks, lengths)]
+        order = np.argsort(np.concatenate(times), kind="stable")
+        return _Epoch(hands, deck[order], within[order])
+
+    def _batch(self, planned: _Epoch, epoch: int, batch: int) -> BatchPlan:
+        number, within = planned.deck[batch], planned.within[batch]
+        deck, hand = self._decks[number], planned.hands[number]
+        cards = hand.cards[hand.starts[within] : hand.stops[within]]
+        choices = hand.choices[cards] if hand.choices is not None else np.zeros(len(cards), int)
+        uses = tuple(
+            deck.use(card, choice, epoch, self._caption_dropout_probability)
+            for card, choice in zip(cards.tolist(), choices.tolist())
+        )
+        return BatchPlan(deck.dataset.id, uses[0].plan.target, uses)
+
+
+class _Draws(NamedTuple):
+    """Uniform numbers in [0, 1), one for each thing that is drawn for a use."""
+
+    aspect: float
+    crop_u: float
+    crop_v: float
+    caption: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class _Hand:
+    """An epoch of one dataset: batch k is cards[starts[k]:stops[k]], a card being record * (repeats + 1) + repeat."""
+
+    cards: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+    choices: np.ndarray | None  # the plan drawn for each card, where images have several
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """An epoch of all datasets: batch k is number within[k] of the hand of deck[k]."""
+
+    hands: list[_Hand]
+    deck: np.ndarray
+    within: np.ndarray
+
+
+class _Deck:
+    """One dataset, ready to be dealt out epoch by epoch."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int) -> None:
+        self.dataset = dataset
+        self._batch_size = batch_size
+        self._seed = seed
+        self._times = dataset.repeats + 1
+        self._style = dataset.rules.box_style
+        self._identities = [_identity(seed, dataset, record) for record in dataset.records]
+        targets = sorted({plan.target for plans in dataset.plans for plan in plans})
+        self._target_numbers = {target: number for number, target in enumerate(targets)}
+        self._has_choices = any(len(plans) > 1 for plans in dataset.plans)
+        self._first_targets = np.array([self._target_numbers[plans[0].target] for plans in dataset.plans], np.int32)
+
+    def deal(self, epoch: int) -> _Hand:
+        choices = self._choices(epoch) if self._has_choices else None
+        targets = np.repeat(self._first_targets, self._times) if choices is None else self._targets(choices)
+        shuffled = _shuffled(len(targets), self._seed, self.dataset.id, epoch, "cards")
+        cards = shuffled[np.argsort(targets[shuffled], kind="stable")]
+        edges = np.searchsorted(targets[cards], np.arange(len(self._target_numbers) + 1))
+        starts = np.concatenate([np.arange(a, b, self._batch_size) for a, b in zip(edges, edges[1:])])
+        ends = edges[np.searchsorted(edges, starts, side="right")]  # of the bucket that each batch is in
+        stops = np.minimum(starts + self._batch_size, ends)
+        order = _shuffled(len(starts), self._seed, self.dataset.id, epoch, "batches")
+        return _Hand(cards, starts[order], stops[order], choices)
+
+    def use(self, card: int, choice: int, epoch: int, caption_dropout_probability: float) -> Use:
+        index, repeat = divmod(card, self._times)
+        record, plan = self.dataset.records[index], self.dataset.plans[index][choice]
+        draws = _draws(self._identities[index], epoch, repeat)
+        box = crop_box(plan.intermediate, plan.target, self._style, draws.crop_u, draws.crop_v)
+        dropped = draws.dropout < caption_dropout_probability
+        caption = "" if dropped else record.captions[int(draws.caption * len(record.captions))]
+        return Use(record, plan, box, caption, dropped)
+
+    def _choices(self, epoch: int) -> np.ndarray:
+        """Which of its plans each card uses, drawn by the plans' weights."""
+        drawn = [
+            _weighted(plans, _draws(identity, epoch, repeat).aspect) if len(plans) > 1 else 0
+            for identity, plans in zip(self._identities, self.dataset.plans)
+            for repeat in range(self._times)
+        ]
+        return np.array(drawn, np.int16)
+
+    def _targets(self, choices: np.ndarray) -> np.ndarray:
+        plans, times = self.dataset.plans, self._times
+        numbers = [self._target_numbers[plans[i // times][c].target] for i, c in enumerate(choices.tolist())]
+        return np.array(numbers, np.int32)
+
+
+def _identity(seed: int, dataset: Dataset, record: Record) -> bytes:
+    """What an image's draws hang on: its content and its path inside the dataset, which may be moved as a whole."""
+    path = str(record.path).removeprefix(str(dataset.folder))
+    return _digest(16, seed, dataset.id, record.content, path)
+
+
+def _draws(identity: bytes, epoch: int, repeat: int) -> _Draws:
+    digest = blake2b(identity + _USE.pack(epoch, repeat), digest_size=_DRAWS.size).digest()
+    return _Draws._make([(number >> 11) * 2.0**-53 for number in _DRAWS.unpack(digest)])
+
+
+def _weighted(plans: Sequence[Plan], u: float) -> int:
+    sums = list(accumulate(plan.weight for plan in plans))
+    return next((i for i, upper in enumerate(sums) if u * sums[-1] < upper), len(sums) - 1)
+
+
+def _shuffled(size: int, *words: object) -> np.ndarray:
+    """A random order of range(size)."""
+    return np.argsort(_random(size, *words), kind="stable")
+
+
+def _arrivals(seed: int, dataset: Dataset, epoch: int, size: int) -> np.ndarray:
+    """Random times of a dataset's batches, at a rate of `probability`, in ascending order.
+
+    Batches of several datasets merged by such times (Poisson processes) come as if each were drawn with the
+    datasets' probabilities, among the datasets that still have some, but without a step through all of them.
+    """
+    uniform = (_random(size, seed, dataset.id, epoch, "arrivals") >> np.uint64(11)) * 2.0**-53
+    return np.cumsum(-np.log1p(-uniform)) / dataset.probability
+
+
+def _random(size: int, *words: object) -> np.ndarray:
+    """uint64 numbers. The raw stream of a bit generator is the same in every version of numpy; shuffles may not be."""
+    return np.random.Philox(key=int.from_bytes(_digest(16, *words), "little")).random_raw(size)
+
+
+def _digest(size: int, *words: object) -> bytes:
+    """A hash of the words; their lengths are in it, so that ("a", "bc") and ("ab", "c") differ."""
+    digest = blake2b(digest_size=size)
+    for word in words:
+        encoded = os.fsencode(str(word))
+        digest.update(_USE.pack(len(encoded), 0) + encoded)
+    return digest.digest()

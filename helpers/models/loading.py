@@ -1,0 +1,136 @@
+"""From a model's name to its parts, checked against the family's row before anything large is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+from helpers.config.families import Family
+from helpers.diffusion.noising import Schedule, schedule_from_betas
+from helpers.diffusion.objective import EpsilonObjective
+from helpers.models.spec import Spec
+
+COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer")
+OPTION = "MODEL_NAME (--pretrained_model_name_or_path)"
+
+
+class WeightsError(Exception):
+    """The named weights cannot be used; the message says why and what to type instead."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training step needs of a model."""
+
+    spec: Spec
+    unet: UNet2DConditionModel
+    schedule: Schedule
+    objective: EpsilonObjective
+
+    def to(self, device: torch.device) -> Parts:
+        schedule = self.schedule.to(device)
+        return replace(
+            self, unet=self.unet.to(device), schedule=schedule, objective=replace(self.objective, schedule=schedule)
+        )
+
+
+def fetch_configs(name: str, revision: str | None) -> Path:
+    """The folder with the model's configuration: the local one, or a snapshot that holds a few small files.
+
+    Raises:
+        WeightsError: there is neither such a folder nor such a model on the hub, or it cannot be had.
+    """
+    return _fetch(name, revision, ["*.json", "tokenizer/*"])
+
+
+def fetch_weights(name: str, revision: str | None, variant: str | None) -> Path:
+    """The folder with the model's weights, downloaded where `name` is not a local folder.
+
+    Args:
+        variant: the variant of the files to take ("fp16"), or None for the plain ones.
+    """
+    suffixes = [f".{variant}.safetensors", f".{variant}-*.safetensors"] if variant else [".safetensors"]
+    patterns = [f"{component}/*{suffix}" for component in ("unet", "text_encoder") for suffix in suffixes]
+    return _fetch(name, revision, ["*.json", "tokenizer/*", *patterns], [] if variant else ["*.fp16*"])
+
+
+def _fetch(name: str, revision: str | None, allow: list[str], ignore: list[str] | None = None) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise WeightsError(f"{OPTION}: there is no folder {name!r}. Type an existing folder, or a model of the hub.")
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
+    except (GatedRepoError, RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsError(_unreachable(name, error)) from error
+
+
+def _unreachable(name: str, error: Exception) -> str:
+    reason = "needs its licence to be accepted" if isinstance(error, GatedRepoError) else "cannot be reached"
+    return (
+        f"{OPTION}: {name!r} is not a folder here, and on the Hugging Face hub it {reason}"
+        f" ({type(error).__name__}). Accept the licence at https://huggingface.co/{name} while logged in, then run"
+        " `hf auth login` here once. Or download the model elsewhere and name its folder instead:"
+        f' export MODEL_NAME="/path/to/{name.rsplit("/")[-1]}".'
+    )
+
+
+def check(family: Family, spec: Spec, folder: Path) -> None:
+    """Compare the weights' configuration with the family that MODEL_TYPE names.
+
+    Raises:
+        WeightsError: something is missing, or these are another family's or stage's weights.
+    """
+    missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
+    if missing:
+        raise WeightsError(f"{OPTION}: {folder} has no {', '.join(missing)} folder: it is not a {family.name} pipeline.")
+    unet = _json(folder / "unet" / "config.json")
+    wrong = _wrong_unet(spec, unet)
+    if wrong:
+        raise WeightsError(
+            f"{OPTION}: the weights in {folder} are not {family.name}: {wrong}. Name weights that fit MODEL_TYPE"
+            f" (such as {family.flavours[family.default_flavour]}), or set the MODEL_TYPE that fits the weights."
+        )
+    width = _json(folder / "text_encoder" / "config.json").get("d_model")
+    if width != unet.get("encoder_hid_dim"):
+        raise WeightsError(
+            f"{OPTION}: in {folder} the text encoder gives {width} values a token, the UNet takes"
+            f" {unet.get('encoder_hid_dim')}. They are not of one model."
+        )
+    prediction = _json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise WeightsError(f"{OPTION}: {folder} predicts {prediction!r}; {family.name} is trained on epsilon.")
+
+
+def _wrong_unet(spec: Spec, unet: dict) -> str | None:
+    channels, labels = unet.get("in_channels"), unet.get("class_embed_type")
+    if channels == 6 and labels == "timestep" and spec.in_channels == 3:
+        return "they are IF stage II, whose UNet takes 6 channels and a noise level"
+    if channels == 4:
+        return "their UNet takes 4 channels, as Stable Diffusion's latents have"
+    if channels != spec.in_channels:
+        return f"their UNet takes {channels} channels instead of {spec.in_channels}"
+    if unet.get("encoder_hid_dim_type") != "text_proj" or unet.get("addition_embed_type") != "text":
+        return "their UNet has no projection of T5 embeddings"
+    return None
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{OPTION}: {path} cannot be read ({error}).") from error
+
+
+def load(spec: Spec, folder: Path, dtype: torch.dtype, variant: str | None) -> Parts:
+    """Read the UNet in `dtype` and the scheduler; the prediction and the variance are the checkpoint's own."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant)
+    schedule = schedule_from_betas(DDPMScheduler.from_pretrained(folder / "scheduler").betas)
+    learns_variance = unet.config.out_channels == 2 * spec.space.channels
+    return Parts(spec, unet, schedule, EpsilonObjective(schedule, learns_variance))

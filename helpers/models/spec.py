@@ -1,0 +1,24 @@
+"""A model family as one row: its place on the three axes on which families differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from helpers.models.conditioning import TextOnly
+from helpers.models.spaces import Pixels
+from helpers.models.text import T5
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One family. What the weights decide (widths, betas, variance) is not here: it is read from the weights."""
+
+    space: Pixels
+    text: T5
+    conditioning: TextOnly
+    pipeline: str  # the class of diffusers that samples it
+
+    @property
+    def in_channels(self) -> int:
+        """Channels that the UNet's first convolution must take."""
+        return self.space.channels * self.conditioning.inputs

@@ -1,0 +1,84 @@
+"""From captions to the text embeddings that a UNet attends to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, T5EncoderModel
+
+from helpers.captions.cleaning import clean
+
+SAMPLES = 256
+SAMPLE_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class T5:
+    """DeepFloyd IF's text side: cleaned captions, always `length` positions, the attention mask given to T5 alone."""
+
+    length: int = 77
+
+    def prepare(self, caption: str) -> str:
+        """The caption as IF was trained to read it: lower-cased and cleaned."""
+        return clean(caption)
+
+    def fingerprint(self, folder: Path) -> dict[str, str]:
+        """What determines an embedding besides its text: cached ones are used again only where all of it is equal."""
+        return {
+            "text_encoder": fingerprint_files(folder / "text_encoder"),
+            "tokenizer": fingerprint_files(folder / "tokenizer"),
+            "length": str(self.length),
+            "cleaning": "deepfloyd-if, twice",
+            "dtype": "bfloat16",
+        }
+
+    def load(self, folder: Path, device: torch.device, variant: str | None = None) -> T5Encoder:
+        return T5Encoder(folder, self.length, device, variant)
+
+
+class T5Encoder:
+    """A loaded T5 and its tokenizer. Drop the last reference to it to free the memory."""
+
+    def __init__(self, folder: Path, length: int, device: torch.device, variant: str | None) -> None:
+        self.length = length
+        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        # dtype at load, not a cast after it: T5 keeps some of its weights in float32 on purpose.
+        model = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.bfloat16, variant=variant)
+        self.model = model.to(device).eval()
+
+    def length_of(self, text: str) -> int:
+        """Tokens of `text`, before any are cut off."""
+        return len(self.tokenizer(text).input_ids)
+
+    @torch.inference_mode()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Encode prepared texts to bfloat16 `[B, length, D]` on the CPU.
+
+        All positions count, the padded ones too: what T5 puts there depends on the text, and IF's UNet attends to them.
+        """
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).to(self.model.device)
+        hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return hidden.to("cpu", torch.bfloat16)
+
+
+def fingerprint_files(folder: Path) -> str:
+    """A hash of every file below `folder`: names, sizes, and evenly spaced samples of the bytes.
+
+    Sampled, since T5-XXL has 19 GB; any tuning of an encoder moves nearly all of its bytes.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for start in sorted({size * i // SAMPLES for i in range(SAMPLES)}):
+                file.seek(start)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

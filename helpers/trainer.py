@@ -1,0 +1,284 @@
+"""From checked options to a trained model: the one module that knows all packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from helpers.caching.pixels import PixelCache
+from helpers.config.backends import Backends
+from helpers.config.load import ENV_FILE_MARK, Resolved, as_json, read_prompt_library
+from helpers.config.options import Config
+from helpers.config.problems import ConfigError
+from helpers.data import preparation
+from helpers.data.collate import Collator
+from helpers.data.dataset import Dataset
+from helpers.data.preparation import NULL_CAPTION, TextCaches
+from helpers.data.sampler import Sampler
+from helpers.data.scan import DatasetError, write_left_out
+from helpers.models import loading
+from helpers.models.adapters import Adapter
+from helpers.models.families import SPECS
+from helpers.models.loading import WeightsError
+from helpers.models.spec import Spec
+from helpers.training import assembly, checkpoints, loop
+from helpers.training.checkpoints import CheckpointError
+from helpers.training.loop import Every, Run
+from helpers.validation.prompts import named_prompts, with_embeds
+from helpers.validation.render import Validation, before_and_after
+
+REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError)
+"""What the user's input can be wrong in: each says in words what to change."""
+
+REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked to do, checked as far as that goes before any weights load."""
+
+    config: Config
+    options: Mapping[str, Any]  # as run.json holds them
+    backends: Backends
+    spec: Spec
+    adapter: Adapter
+    prompts: Mapping[str, str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return assembly.identity_of(self.options["options"])
+
+
+def train(resolved: Resolved, backends: Backends) -> int:
+    """Plan the data, check the weights, fill the caches, train, export. Returns the exit code.
+
+    Raises:
+        one of `REFUSALS`: before any weights load.
+    """
+    _quieten_libraries()
+    config = resolved.config
+    spec = SPECS[config.family.key]
+    job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config, spec), _prompts(config))
+    datasets = _plan_data(job)
+    model = loading.fetch_configs(config.model.pretrained_model_name_or_path, config.model.revision)
+    loading.check(config.family, spec, model)
+    checkpoint = _checkpoint(job)
+    if config.run.dry_run:
+        print("Dry run: nothing was trained.")
+        return 0
+    _open_output(job, datasets)
+    accelerator = assembly.create_accelerator(config)
+    model = loading.fetch_weights(
+        config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant
+    )
+    texts = _cache_texts(job, datasets, model, accelerator)
+    datasets, pixels = _cache_pixels(job, datasets)
+    sampler = _sampler(config, datasets)
+    run = assembly.create_run(config, spec, model, job.adapter, accelerator, _total_steps(config, sampler))
+    if checkpoint:
+        _resume(run, job, checkpoint)
+    assembly.start_tracker(accelerator, config, job.options["options"])
+    validation = _validation(job, texts, model)
+    collator = _collator(job, texts, pixels, pin_memory=accelerator.device.type == "cuda")
+    return _train_and_export(run, job, model, validation, collator.stream(sampler.batches(run.position)))
+
+
+def _quieten_libraries() -> None:
+    """Keep the loading bars of small files off the screen: the bars that matter are our own."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def _prompts(config: Config) -> dict[str, str]:
+    library = config.validation.validation_prompt_library
+    return named_prompts(config.validation.validation_prompt, read_prompt_library(library) if library else {})
+
+
+def _plan_data(job: Job) -> list[Dataset]:
+    """Scan and plan each dataset, and print what will be trained on."""
+    datasets = []
+    for backend in job.backends.images:
+        dataset, notes = preparation.scan_and_plan(backend, job.config.family.alignment)
+        datasets.append(dataset)
+        print(*notes, sep="\n", end="\n" if notes else "")
+    sampler = _sampler(job.config, datasets)
+    for dataset, batches in zip(datasets, sampler.batches_by_dataset(0).values()):
+        print(dataset.report(batches).describe())
+    steps = _total_steps(job.config, sampler)
+    batch_size = job.config.training.train_batch_size * job.config.training.gradient_accumulation_steps
+    print(f"{sampler.batches_in_epoch(0):,} batches an epoch; {steps:,} steps of up to {batch_size:,} images in all")
+    return datasets
+
+
+def _sampler(config: Config, datasets: Sequence[Dataset]) -> Sampler:
+    training = config.training
+    try:
+        return Sampler(datasets, training.train_batch_size, training.seed, config.data.caption_dropout_probability)
+    except ValueError as error:
+        raise DatasetError(str(error)) from error
+
+
+def _total_steps(config: Config, sampler: Sampler) -> int:
+    return assembly.total_steps(config.training, sampler.batches_in_epoch(0))
+
+
+def _checkpoint(job: Job) -> Path | None:
+    """The checkpoint to go on from, if there is one and it fits."""
+    checkpoint = checkpoints.choose(job.config.run.output_dir, job.config.run.resume_from_checkpoint)
+    if checkpoint:
+        checkpoints.require_same(checkpoint, job.identity)
+    return checkpoint
+
+
+def _open_output(job: Job, datasets: Sequence[Dataset]) -> None:
+    """Make the output folder and write down what this run is."""
+    output = job.config.run.output_dir
+    versions = {"python": platform.python_version()} | {name: version(name) for name in REPORTED_PACKAGES}
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "run.json").write_text(json.dumps({**job.options, "versions": versions}, indent=2) + "\n", "utf-8")
+        write_left_out(output / "left_out.json", {dataset.id: dataset.left_out for dataset in datasets})
+    except OSError as error:
+        raise ConfigError(
+            [f"--output_dir (export OUTPUT_DIR): {output} cannot be written to ({error.strerror}): name another folder"]
+        ) from error
+
+
+def _cache_texts(job: Job, datasets: Sequence[Dataset], model: Path, accelerator: Accelerator) -> TextCaches:
+    config = job.config
+    texts = preparation.open_text_caches(job.spec.text, model, job.backends)
+    wanted = [
+        (texts.by_id[backend.text_embeds], [NULL_CAPTION, *dataset.captions()])
+        for backend, dataset in zip(job.backends.images, datasets)
+    ]
+    wanted.append((texts.default, [NULL_CAPTION, config.validation.validation_negative_prompt, *job.prompts.values()]))
+    preparation.cache_texts(
+        job.spec.text,
+        model,
+        wanted,
+        config.data.text_encoder_batch_size,
+        accelerator.device,
+        config.model.variant,
+    )
+    return texts
+
+
+def _cache_pixels(job: Job, datasets: Sequence[Dataset]) -> tuple[list[Dataset], list[PixelCache]]:
+    """The datasets without what could not be decoded, and the cache of each."""
+    cached = [preparation.cache_pixels(dataset, backend) for dataset, backend in zip(datasets, job.backends.images)]
+    kept = [dataset for dataset, _ in cached]
+    write_left_out(job.config.run.output_dir / "left_out.json", {dataset.id: dataset.left_out for dataset in kept})
+    for before, after in zip(datasets, kept):
+        if len(after.records) < len(before.records):
+            lost = len(before.records) - len(after.records)
+            print(f"dataset {after.id!r}: {lost} images could not be decoded and are left out: see left_out.json")
+    return kept, [pixels for _, pixels in cached]
+
+
+def _collator(job: Job, texts: TextCaches, pixels: Sequence[PixelCache], pin_memory: bool) -> Collator:
+    sources = {
+        backend.id: preparation.source_of(backend, cache, texts) for backend, cache in zip(job.backends.images, pixels)
+    }
+    return Collator(sources, job.spec.text.prepare, pin_memory=pin_memory)
+
+
+def _validation(job: Job, texts: TextCaches, model: Path) -> Validation | None:
+    """What to render; None where no prompt is set."""
+    if not job.prompts:
+        return None
+    options = job.config.validation
+    return Validation(
+        base=model,
+        output=job.config.run.output_dir,
+        prompts=with_embeds(job.prompts, lambda text: _embed(job, texts, text)),
+        negative=_embed(job, texts, options.validation_negative_prompt),
+        sizes=options.validation_resolution,
+        inference_steps=options.validation_num_inference_steps,
+        guidance=options.validation_guidance,
+        seed=options.validation_seed,
+    )
+
+
+def _embed(job: Job, texts: TextCaches, text: str) -> Any:
+    return texts.default.read([job.spec.text.prepare(text)])[0]
+
+
+def _resume(run: Run, job: Job, checkpoint: Path) -> None:
+    job.adapter.load_weights(run.parts.unet, checkpoint)
+    run.restore(checkpoints.load_state(checkpoint)["run"])
+    print(f"Resumed from {checkpoint.name}.")
+
+
+def _train_and_export(run: Run, job: Job, model: Path, validation: Validation | None, batches: Any) -> int:
+    output, options = job.config.run.output_dir, job.config
+
+    def save(run: Run) -> None:
+        state = {"identity": job.identity, "run": run.state()}
+        checkpoints.save(output, run.step, job.adapter, run.parts.unet, state, options.run.checkpoints_total_limit)
+
+    periodic = [Every(options.run.checkpointing_steps, save)]
+    if validation:
+        periodic.append(Every(options.validation.validation_steps, validation))
+        if run.step == 0:
+            validation(run)
+    _stop_on_signals(run)
+    loop.train(run, batches, periodic)
+    run.accelerator.end_training()
+    if run.finished:
+        _finish(run, job, model, validation)
+        return 0
+    if not (output / f"checkpoint-{run.step}").exists():
+        save(run)
+    print(f"\nInterrupted and saved at step {run.step}. To go on:\n  {_resume_command()}", file=sys.stderr)
+    return 128 + run.stop_signal
+
+
+def _stop_on_signals(run: Run) -> None:
+    """The first SIGINT or SIGTERM ends the run after its step, saved; the second one ends it at once."""
+
+    def stop(number: int, frame: object) -> None:
+        run.stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+
+
+def _resume_command() -> str:
+    env_file = os.environ.get(ENV_FILE_MARK)
+    arguments = shlex.join(sys.argv[1:])
+    start = f"{shlex.quote(sys.executable)} train_sd2x.py {arguments}" if env_file is None else "./train.sh"
+    return f"{start} --resume_from_checkpoint=latest"
+
+
+def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> None:
+    """Export, and tell where everything is."""
+    output = job.config.run.output_dir
+    lines = [f"  {_shown(job.adapter.export(run.parts.unet, model, output))}    the result, for diffusers"]
+    comparison = before_and_after(output, validation.prompts, validation.sizes) if validation else None
+    if comparison:
+        lines.append(f"  {_shown(comparison)}    before and after")
+    if run.accelerator.trackers:
+        lines.append(f"  {_shown(output / 'logs')}    curves: tensorboard --logdir {_shown(output / 'logs')}")
+    print("\n".join([f"\nFinished after {run.step:,} steps.", *lines]))
+
+
+def _shown(path: Path) -> str:
+    """A path as short as it can be typed from here."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,140 @@
+"""From the options to a run that is ready for its first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import UNet2DConditionModel
+
+from helpers.config.options import Config, OptimizerOptions, TrainingOptions
+from helpers.models import loading
+from helpers.models.adapters import Adapter, Full, LoRA, trainable_parameters
+from helpers.models.spec import Spec
+from helpers.training.loop import Run
+from helpers.training.optimizers import OPTIMIZERS, AdamSettings
+from helpers.training.schedules import LearningRate
+
+# Options that a checkpoint depends on: with another value of one of them it cannot be gone on with.
+IDENTITY = (
+    "model_type",
+    "pretrained_model_name_or_path",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "optimizer",
+    "mixed_precision",
+    "pure_bf16",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of frozen and of trained weights, and accelerate's word for the autocast around the forward pass."""
+
+    frozen: torch.dtype
+    trained: torch.dtype
+    autocast: str
+
+
+def precision_of(training: TrainingOptions) -> Precision:
+    """`pure_bf16` keeps everything in bfloat16; `mixed_precision` alone keeps what is trained in float32."""
+    if training.mixed_precision == "no":
+        return Precision(torch.float32, torch.float32, "no")
+    if training.pure_bf16:
+        return Precision(torch.bfloat16, torch.bfloat16, "no")
+    return Precision(torch.bfloat16, torch.float32, "bf16")
+
+
+def create_accelerator(config: Config) -> Accelerator:
+    """accelerate's part of a run, with its tracker writing below `output_dir/logs`."""
+    training, run = config.training, config.run
+    torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
+    torch.backends.cudnn.allow_tf32 = training.allow_tf32
+    return Accelerator(
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        mixed_precision=precision_of(training).autocast,
+        log_with=None if run.report_to == "none" else run.report_to,
+        project_config=ProjectConfiguration(str(run.output_dir), str(run.output_dir / "logs")),
+    )
+
+
+def start_tracker(accelerator: Accelerator, config: Config, options: Mapping[str, Any]) -> None:
+    """Open the tracker; the options go with it as plain values."""
+    name = config.run.tracker_run_name or config.run.output_dir.name
+    values = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in options.items()}
+    accelerator.init_trackers(config.run.tracker_project_name, values, {"wandb": {"name": name}})
+
+
+def adapter_of(config: Config, spec: Spec) -> Adapter:
+    """What MODEL_TYPE says is trained."""
+    if config.training_kind == "full":
+        return Full()
+    lora = config.lora
+    alpha = lora.lora_alpha if lora.lora_alpha is not None else lora.lora_rank
+    return LoRA(spec.pipeline, lora.lora_rank, alpha, lora.lora_dropout, lora.lora_targets)
+
+
+def identity_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal for a checkpoint to be gone on with."""
+    return {name: options[name] for name in IDENTITY}
+
+
+def total_steps(training: TrainingOptions, batches_in_epoch: int) -> int:
+    """Optimizer steps of the run: by steps or by epochs, whichever ends first where both are set."""
+    by_epochs = math.ceil(training.num_train_epochs * batches_in_epoch / training.gradient_accumulation_steps)
+    return min(limit for limit in (training.max_train_steps, by_epochs) if limit)
+
+
+def learning_rate_of(optimizer: OptimizerOptions, steps: int) -> LearningRate:
+    return LearningRate(
+        schedule=optimizer.lr_scheduler,
+        highest=optimizer.learning_rate,
+        end=optimizer.lr_end,
+        warmup_steps=optimizer.lr_warmup_steps,
+        total_steps=steps,
+        power=optimizer.lr_power,
+    )
+
+
+def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accelerator: Accelerator, steps: int) -> Run:
+    """Load the UNet, attach what is trained, and make the optimizer: a run at step 0."""
+    training, precision = config.training, precision_of(config.training)
+    torch.manual_seed(training.seed)  # the adapter's first values
+    whole = isinstance(adapter, Full)
+    parts = loading.load(spec, folder, precision.trained if whole else precision.frozen, config.model.variant)
+    adapter.attach(parts.unet, precision.trained)
+    if training.gradient_checkpointing:
+        parts.unet.enable_gradient_checkpointing()
+    if training.attention_mechanism == "xformers":
+        _use_xformers(parts.unet)
+    parts = parts.to(accelerator.device)
+    options = config.optimizer
+    adam = AdamSettings(options.adam_beta1, options.adam_beta2, options.adam_epsilon, options.adam_weight_decay)
+    optimizer = OPTIMIZERS[options.optimizer](trainable_parameters(parts.unet), options.learning_rate, adam)
+    unet, optimizer = accelerator.prepare(parts.unet, optimizer)
+    return Run(
+        accelerator=accelerator,
+        parts=parts,
+        unet=unet,
+        optimizer=optimizer,
+        learning_rate=learning_rate_of(options, steps),
+        max_grad_norm=training.max_grad_norm,
+        generator=torch.Generator(accelerator.device).manual_seed(training.seed),
+    )
+
+
+def _use_xformers(unet: UNet2DConditionModel) -> None:
+    try:
+        unet.enable_xformers_memory_efficient_attention()
+    except (ModuleNotFoundError, ValueError, NotImplementedError):
+        print("USE_XFORMERS: xformers is not usable here; PyTorch's own attention (SDPA) is used, at no more memory.")

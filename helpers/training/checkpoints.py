@@ -1,0 +1,141 @@
+"""Checkpoints: the trained weights as diffusers reads them, and all else that a run is, without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.models.adapters import Adapter
+
+TENSORS = "state.safetensors"
+STATE = "state.json"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be resumed from; the message names the options concerned."""
+
+
+def save(output: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state: Mapping[str, Any], keep: int) -> Path:
+    """Write `checkpoint-<step>`; only when it is safe on the disk, delete the oldest ones beyond `keep` (0 keeps all).
+
+    Args:
+        state: nested dicts, lists and tuples of tensors and plain values; read back by `load_state`.
+    """
+    folder = output / f"checkpoint-{step}"
+    partial, replaced = output / f".{folder.name}.partial", output / f".{folder.name}.replaced"
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    adapter.save_weights(unet, partial)
+    tensors: dict[str, torch.Tensor] = {}
+    (partial / STATE).write_text(json.dumps(_pack(state, tensors), indent=1) + "\n", "utf-8")
+    save_file(tensors, partial / TENSORS)
+    for path in [*partial.rglob("*"), partial]:
+        _flush(path)
+    if folder.exists():  # a run that went back to an older checkpoint comes by again
+        folder.rename(replaced)
+    partial.rename(folder)
+    _flush(output)
+    shutil.rmtree(replaced, ignore_errors=True)
+    for old in found(output)[:-keep] if keep else []:
+        shutil.rmtree(old)
+    return folder
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def found(output: Path) -> list[Path]:
+    """The complete checkpoints in an output folder, oldest first."""
+    folders = output.glob("checkpoint-*") if output.is_dir() else []
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folders}
+    return sorted((path for path, match in steps.items() if match), key=lambda path: int(steps[path][1]))
+
+
+def choose(output: Path, wanted: str) -> Path | None:
+    """The checkpoint to resume from: `latest`, a name, or `none`.
+
+    Raises:
+        CheckpointError: there is none of that name, or a run would start anew over another one's checkpoints.
+    """
+    checkpoints = found(output)
+    if wanted == "latest":
+        return checkpoints[-1] if checkpoints else None
+    if wanted == "none":
+        if checkpoints:
+            raise CheckpointError(
+                f"RESUME_CHECKPOINT (--resume_from_checkpoint) is none, but OUTPUT_DIR {output} holds"
+                f" {checkpoints[-1].name}. Type latest to go on from there, or name another OUTPUT_DIR."
+            )
+        return None
+    if output / wanted not in checkpoints:
+        names = ", ".join(path.name for path in checkpoints) or "none"
+        raise CheckpointError(
+            f"RESUME_CHECKPOINT (--resume_from_checkpoint): {output} has no {wanted!r}. It has: {names}."
+        )
+    return output / wanted
+
+
+def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `save` was given as `state`."""
+    packed = json.loads((folder / STATE).read_text("utf-8"))
+    return _unpack(packed, load_file(folder / TENSORS, device=str(device)))
+
+
+def require_same(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint made with other settings than those of `identity`, before any weights load.
+
+    Raises:
+        CheckpointError: naming each setting that differs.
+    """
+    saved = _unpack(json.loads((folder / STATE).read_text("utf-8")), None)["identity"]
+    differing = [
+        f"--{option} was {saved.get(option)!r} and is now {value!r}"
+        for option, value in identity.items()
+        if saved.get(option) != value
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{folder} was made with other settings: {'; '.join(differing)}."
+            " Set them back to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
+        )
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Turn a nested state into JSON, with its tensors moved into `tensors`."""
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().contiguous().clone()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"dict": [[key, _pack(entry, tensors)] for key, entry in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_pack(entry, tensors) for entry in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"a checkpoint cannot hold a {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: Mapping[str, torch.Tensor] | None) -> Any:
+    if not isinstance(value, dict):
+        return value
+    [(kind, content)] = value.items()
+    if kind == "tensor":
+        return tensors[content] if tensors is not None else None
+    if kind == "dict":
+        return {key: _unpack(entry, tensors) for key, entry in content}
+    entries = [_unpack(entry, tensors) for entry in content]
+    return tuple(entries) if kind == "tuple" else entries

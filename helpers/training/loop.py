@@ -1,0 +1,153 @@
+"""The run and its loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from helpers.data.collate import Batch
+from helpers.data.sampler import Position
+from helpers.models.adapters import trainable_parameters
+from helpers.models.loading import Parts
+from helpers.training.schedules import LearningRate
+from helpers.training.step import training_loss
+
+REPORT_SECONDS = 0.5
+
+
+@dataclass
+class Run:
+    """All that a training run is. What must survive a restart is in `state` and comes back by `restore`."""
+
+    accelerator: Accelerator
+    parts: Parts
+    unet: torch.nn.Module  # the UNet of `parts`, as accelerate prepared it
+    optimizer: torch.optim.Optimizer
+    learning_rate: LearningRate
+    max_grad_norm: float
+    generator: torch.Generator
+    step: int = 0
+    position: Position = field(default_factory=lambda: Position(0, 0))
+    stop_signal: int | None = None  # set by a signal handler; the loop ends after the step in progress
+
+    @property
+    def total_steps(self) -> int:
+        return self.learning_rate.total_steps
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total_steps
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "position": tuple(self.position),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.position = Position(*state["position"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["torch_rng"].cpu())
+        for index, rng in enumerate(state["cuda_rng"]):
+            torch.cuda.set_rng_state(rng.cpu(), index)
+
+
+def train(
+    run: Run, batches: Iterator[tuple[Position, Batch]], after_step: Sequence[Callable[[Run], None]] = ()
+) -> None:
+    """Train until the last step, or until a signal asks to stop.
+
+    Args:
+        batches: endless, from the run's position on, each with the position after it.
+        after_step: called in turn after each optimizer step.
+    """
+    parameters = trainable_parameters(run.unet)
+    with Progress(run) as progress:
+        while not run.finished and run.stop_signal is None:
+            rate = run.learning_rate.at(run.step)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
+            for _ in range(run.accelerator.gradient_accumulation_steps):
+                position, batch = next(batches)
+                batch = batch.to(run.accelerator.device)
+                with run.accelerator.accumulate(run.unet):
+                    with run.accelerator.autocast():
+                        loss = training_loss(run.parts, run.unet, batch, run.generator)
+                    run.accelerator.backward(loss)
+                    if run.accelerator.sync_gradients and run.max_grad_norm:
+                        run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
+                    run.optimizer.step()
+                    run.optimizer.zero_grad()
+                progress.add(loss, len(batch.uses))
+            run.position, run.step = position, run.step + 1
+            progress.end_step(rate)
+            for call in after_step:
+                call(run)
+
+
+@dataclass(frozen=True)
+class Every:
+    """Do something each `steps` steps (0: never in between), and after the last one."""
+
+    steps: int
+    action: Callable[[Run], None]
+
+    def __call__(self, run: Run) -> None:
+        if run.finished or (self.steps and run.step % self.steps == 0):
+            self.action(run)
+
+
+class Progress:
+    """The progress bar and the trackers' curves.
+
+    Losses stay on the device until the bar is next drawn, since reading one waits for the GPU.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc="Training", dynamic_ncols=True)
+        self.losses: list[torch.Tensor] = []
+        self.waiting: list[tuple[int, float, torch.Tensor]] = []
+        self.samples = 0
+        self.drawn = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.draw()
+        self.bar.close()
+
+    def add(self, loss: torch.Tensor, samples: int) -> None:
+        self.losses.append(loss.detach())
+        self.samples += samples
+
+    def end_step(self, rate: float) -> None:
+        self.waiting.append((self.run.step, rate, torch.stack(self.losses).mean()))
+        self.losses.clear()
+        if time.monotonic() - self.drawn >= REPORT_SECONDS or self.run.finished:
+            self.draw()
+
+    def draw(self) -> None:
+        if not self.waiting:
+            return
+        seconds = max(time.monotonic() - self.drawn, 1e-9)
+        losses = torch.stack([loss for _, _, loss in self.waiting]).tolist()
+        for (step, rate, _), loss in zip(self.waiting, losses):
+            self.run.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
+        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {rate:.2e}, {self.samples / seconds:.1f} samples/s", False)
+        self.bar.update(len(self.waiting))
+        self.waiting.clear()
+        self.samples, self.drawn = 0, time.monotonic()

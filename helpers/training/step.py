@@ -1,0 +1,31 @@
+"""One training step's loss, the same for every family."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from helpers.data.collate import Batch
+from helpers.diffusion import timesteps
+from helpers.diffusion.noising import add_noise
+from helpers.models.loading import Parts
+
+
+def training_loss(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Noise the batch at random timesteps and hold the UNet's output against the noise: a float32 scalar.
+
+    Args:
+        unet: the UNet of `parts`, possibly wrapped for several processes.
+        batch: on the UNet's device.
+        generator: gives noise and timesteps; on the same device.
+    """
+    x = parts.spec.space.encode(batch.images)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    t = timesteps.uniform(len(x), parts.schedule.timesteps, generator)
+    # Everything around the UNet is float32; only what goes into it takes its dtype.
+    x_t = add_noise(parts.schedule, x, noise, t)
+    unet_input, class_labels = parts.spec.conditioning(x_t)
+    dtype = parts.unet.dtype
+    # No attention mask: IF's pipelines never pass one, and the UNet was trained to see all positions.
+    output = unet(unet_input.to(dtype), t, batch.prompt_embeds.to(dtype), class_labels=class_labels).sample
+    return parts.objective(output.float(), x, x_t, noise, t)

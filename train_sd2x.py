@@ -1,0 +1,52 @@
+#!/usr/bin/env python3
+"""Train a model by the options of OPTIONS.md.
+
+Exit codes: 0 when training finished; 2 when the options, the data or the weights cannot be used; 128 + the signal when
+it was interrupted. What cannot be foreseen ends with a traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from helpers.config.backends import load_backends
+from helpers.config.load import describe, load
+from helpers.config.problems import ConfigError
+
+# Read by transformers and diffusers as they are imported: they greet with warnings about packages not needed here.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Check the options, then hand over to the trainer; returns the exit code."""
+    try:
+        resolved = load(arguments, os.environ)
+        backends = load_backends(resolved.config.data.data_backend_config, resolved.config)
+    except ConfigError as error:
+        return _refuse(error)
+    print(describe(resolved), flush=True)
+    # Only now, since these imports take seconds, which a mistyped option need not wait for.
+    from helpers import trainer
+
+    try:
+        return trainer.train(resolved, backends)
+    except trainer.REFUSALS as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        print("\nInterrupted before the first step. What is cached stays; the same command goes on.", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _refuse(error: Exception) -> int:
+    print(f"\n{error}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
