@@ -1,5 +1,6 @@
 # Sourced by train.sh and tests/run.sh, from the project's root: sets PYTHON to an interpreter that has what
 # requirements.txt asks for. Works with the bash 3.2 of macOS.
+# shellcheck shell=bash disable=SC2034
 
 # Stands in .venv while packages are installed, so that an interrupted set-up is completed the next time.
 floydtuner_unfinished=.venv/.unfinished
@@ -28,14 +29,14 @@ need_python() {
         echo "The Python of .venv does not run (was it made on another machine?): remove the folder .venv and start again." >&2
         return 1
     fi
-    for candidate in python python3 python3.13 python3.12 python3.11 python3.10; do
-        if "$candidate" -c "import sys; sys.exit(sys.version_info < (3, 10))" >/dev/null 2>&1; then
+    for candidate in python python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c "import sys; sys.exit(sys.version_info < (3, 11))" >/dev/null 2>&1; then
             base=$candidate
             break
         fi
     done
     if [ -z "${base:-}" ]; then
-        echo "FloydTuner needs Python 3.10 or newer, and found none: install it from https://www.python.org/downloads/" >&2
+        echo "FloydTuner needs Python 3.11 or newer, and found none: install it from https://www.python.org/downloads/" >&2
         return 1
     fi
     if [ -e .venv/bin/python ]; then
@@ -46,7 +47,7 @@ need_python() {
     fi
     echo "This is done once; it downloads PyTorch and takes some minutes." >&2
     mkdir -p .venv && : >"$floydtuner_unfinished" || return
-    "$base" -m venv .venv || return
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || "$base" -m venv .venv || return
     .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt -c constraints.txt >&2 || return
     rm -f "$floydtuner_unfinished"
     PYTHON=.venv/bin/python

@@ -47,9 +47,10 @@ def _regular(corners: int, turn: float) -> list[tuple[float, float]]:
 
 
 def _cross(arm: float) -> list[tuple[float, float]]:
-    a = arm
-    corners = [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
-    return [(float(x), float(y)) for x, y in corners]
+    """Four quarters of (-arm, -1), (arm, -1), (arm, -arm), each a quarter turn further."""
+    quarter = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
+    turns = [(1, 0), (0, 1), (-1, 0), (0, -1)]
+    return [(x * c - y * s, x * s + y * c) for c, s in turns for x, y in quarter]
 
 
 OUTLINES = {
@@ -70,7 +71,7 @@ KNOWN = tuple(
 
 
 def mask(shape: str, size: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
-    """The shape's coverage, float32 [H, W] in 0..1, for an image of `size` (width, height); lengths in pixels."""
+    """How much of each pixel the shape covers, float32 [H, W] in 0..1; `size` is (width, height) in pixels."""
     width, height = size
     k = OVERSAMPLING
     canvas = Image.new("L", (width * k, height * k))
@@ -84,7 +85,7 @@ def mask(shape: str, size: tuple[int, int], centre: tuple[float, float], radius:
 
 
 def draw(thing: Thing, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
-    """One RGB picture of `size` (width, height), of an aspect up to 8:7, whose every square crop shows the whole thing."""
+    """An RGB picture of `size` (width, height). Up to an aspect of 8:7 no square crop cuts into the thing."""
     short = min(size)
     radius = rng.uniform(0.24, 0.38) * short
     reach = [max(0.0, 0.97 * short - edge / 2 - radius) for edge in size]
@@ -102,7 +103,9 @@ def _ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     return _shaded(tone + rng.normal(0, 5, 3), size, 0.12, rng)
 
 
-def _shaded(colour: np.ndarray, size: tuple[int, int], strength: float, rng: np.random.Generator) -> np.ndarray:
+def _shaded(
+    colour: np.ndarray, size: tuple[int, int], strength: float, rng: np.random.Generator
+) -> np.ndarray:
     """The colour under a soft light from a random side, float [H, W, 3]."""
     angle = rng.uniform(0, 2 * math.pi)
     x, y = np.meshgrid(np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1]))
@@ -117,14 +120,14 @@ def things(kind: str, count: int) -> Iterator[Thing]:
 
 
 def write(folder: Path, kind: str, count: int, seed: int, edges: tuple[int, int]) -> None:
-    """Draw `count` pictures with edges in pixels from `edges`, aspects up to 8:7, and a caption file beside each."""
+    """Draw `count` pictures with edges in pixels from least to most `edges`, and a caption beside each."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for index, thing in enumerate(things(kind, count)):
         short = int(rng.integers(edges[0], edges[1] * 7 // 8 + 1))
         size = rng.permutation([short, int(rng.integers(short, short * 8 // 7 + 1))])
-        suffix = ("jpg", "png")[index % 4 == 3]
-        draw(thing, (int(size[0]), int(size[1])), rng).save(folder / f"{index:04}.{suffix}", quality=92)
+        suffix = "png" if size.max() < 140 else "jpg"
+        draw(thing, (int(size[0]), int(size[1])), rng).save(folder / f"{index:04}.{suffix}", quality=88)
         caption = CAPTIONS[int(rng.integers(len(CAPTIONS)))].format(colour=thing.colour, shape=thing.shape)
         (folder / f"{index:04}.txt").write_text(caption + "\n", encoding="utf-8")
 
@@ -135,7 +138,9 @@ def main() -> None:
     parser.add_argument("--kind", choices=("known", "subject"), required=True)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--edges", type=int, nargs=2, default=(80, 400), metavar=("LEAST", "MOST"), help="pixels")
+    parser.add_argument(
+        "--edges", type=int, nargs=2, default=(80, 400), metavar=("LEAST", "MOST"), help="in pixels"
+    )
     arguments = parser.parse_args()
     write(arguments.folder, arguments.kind, arguments.count, arguments.seed, tuple(arguments.edges))
 

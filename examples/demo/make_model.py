@@ -1,4 +1,4 @@
-"""Make the demo's untrained stage I: IF's architecture with tiny widths, random weights and its own tokenizer.
+"""Make the demo's untrained stage I: IF's architecture, tiny widths, random weights, a tokenizer of its own.
 
     python -m examples.demo.make_model FOLDER
 """
@@ -24,7 +24,7 @@ UNET = {
     "sample_size": 64,
     "in_channels": 3,
     "out_channels": 6,
-    "block_out_channels": (16, 16, 32, 64),
+    "block_out_channels": (16, 32, 64, 64),
     "layers_per_block": 1,
     "down_block_types": ("ResnetDownsampleBlock2D",) * 2 + ("SimpleCrossAttnDownBlock2D",) * 2,
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
@@ -40,7 +40,7 @@ UNET = {
     "addition_embed_type_num_heads": 4,
     "resnet_time_scale_shift": "scale_shift",
 }
-"""IF-I-M's blocks and conditioning at a tiny width. Attention starts at 16 px, because at 32 px it would take half the time."""
+"""IF-I-M's blocks and conditioning, tiny. Attention starts at 16 px: at 32 px it would take half the time."""
 
 SCHEDULER = {
     "num_train_timesteps": 1000,
@@ -54,10 +54,13 @@ SCHEDULER = {
 }
 """IF stage I's own scheduler."""
 
-ENGLISH = """the a an of on in at to and with is are photo picture drawing painting image small big large little dark light
-white black grey gray pink orange brown star heart house dog cat tree flower face person hand car table sky water wood paper
-old new one two three many bright soft red green blue yellow purple circle square triangle cross ring my your his her its
-near under over behind front left right top bottom close up view style made from by for very sks token"""
+ENGLISH = """
+the a an of on in at to and with is are photo picture drawing painting image small big large little dark
+light white black grey gray pink orange brown star heart house dog cat tree flower face person hand car table
+sky water wood paper old new one two three many bright soft my your his her its near under over behind front
+left right top bottom close up view style made from by for very sks token
+"""
+"""Words that a user's captions may hold, beside the demo's own."""
 
 
 def words() -> list[str]:
@@ -102,7 +105,7 @@ def text_encoder(vocabulary: int) -> T5EncoderModel:
 
 
 def make(folder: Path, seed: int = 0) -> IFPipeline:
-    """Write an untrained pipeline that `IFPipeline.from_pretrained(folder)` loads; the same seed, the same weights."""
+    """Write an untrained pipeline for `IFPipeline.from_pretrained(folder)`; the seed gives its weights."""
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as scratch:
         pieces = tokenizer(Path(scratch))

@@ -31,6 +31,8 @@ HUE_ERROR = 25
 OVERLAP = 0.78
 """Least intersection over union with the ideal shape."""
 FRAME = 32
+"""Edge in pixels of the square in which shapes are compared."""
+BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,11 @@ def _box(thing: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def generate(
-    pipeline: IFPipeline, prompts: Sequence[str], *, steps: int, guidance: float, seed: int, batch_size: int = 16
+    pipeline: IFPipeline, prompts: Sequence[str], steps: int, guidance: float, seed: int
 ) -> np.ndarray:
     """One picture per prompt, uint8 [N, H, W, 3]; the same arguments give the same pictures."""
     generator = torch.Generator().manual_seed(seed)
-    batches = [list(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    batches = [list(prompts[start : start + BATCH]) for start in range(0, len(prompts), BATCH)]
     pictures = [
         pipeline(
             prompt=batch,
@@ -160,7 +162,9 @@ def tally(things: Sequence[Thing], pictures: np.ndarray) -> Tally:
     )
 
 
-def measure(pipeline: IFPipeline, things: Sequence[Thing], samples: int, options: argparse.Namespace) -> Tally:
+def measure(
+    pipeline: IFPipeline, things: Sequence[Thing], samples: int, options: argparse.Namespace
+) -> Tally:
     """Generate `samples` of every thing, print a line for each, and return the total."""
     wanted = [thing for thing in things for _ in range(samples)]
     prompts = [CAPTIONS[0].format(colour=thing.colour, shape=thing.shape) for thing in wanted]

@@ -54,6 +54,8 @@ class EmbedCache:
         wanted = sorted(self.missing(texts), key=length_of, reverse=True)
         if not wanted:
             return
+        if self.store.damaged:
+            tqdm.write(self.store.damage())
         tqdm.write(f"Text embeds: {len(wanted):,} captions to encode, in batches of {batch_size}")
         with self.store.writer() as writer, tqdm(total=len(wanted), desc="text embeds", unit="caption") as bar:
             for start in range(0, len(wanted), batch_size):

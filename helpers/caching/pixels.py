@@ -65,20 +65,24 @@ class PixelCache:
         """
         jobs = list(jobs)
         todo = self.missing(jobs)
-        passing: dict[Path, str] = {}
-        if todo:
-            workers = workers or _cores()
-            with self.store.writer() as writer, ThreadPoolExecutor(workers) as threads:
-                decoded = _in_order(threads, _decode, todo, window=4 * workers)
-                for job, result in tqdm(decoded, total=len(todo), desc="decoding images", unit="image"):
-                    if isinstance(result, np.ndarray):
-                        writer.add(job.key, result)
-                    elif _is_lasting(result):
-                        self._failures[job.key] = result.reason
-                    else:
-                        passing[job.path] = result.reason
-            self._remember_failures()
-        return self.failures(jobs) | passing
+        passing = self._decode(todo, workers or _cores()) if todo else {}
+        return self.failures(jobs) | {job.path: passing[job.key] for job in jobs if job.key in passing}
+
+    def _decode(self, jobs: list[PixelJob], workers: int) -> dict[str, str]:
+        """Fill the store; returns the reasons that may not hold in the next run, by key, and remembers the others."""
+        if self.store.damaged:
+            tqdm.write(self.store.damage())
+        passing: dict[str, str] = {}
+        with self.store.writer() as writer, ThreadPoolExecutor(workers) as threads:
+            results = _in_order(threads, _decoded, jobs, window=4 * workers)
+            for job, result in tqdm(results, total=len(jobs), desc="decoding images", unit="image"):
+                if isinstance(result, np.ndarray):
+                    writer.add(job.key, result)
+                else:
+                    reasons = self._failures if _is_lasting(result) else passing
+                    reasons[job.key] = result.reason
+        self._remember_failures()
+        return passing
 
     def read_into(self, key: str, out: np.ndarray, top: int = 0) -> None:
         """Fill `out` (uint8 [H, W, 3], C-contiguous) with the image's rows from `top` on; W is the image's width.
@@ -93,6 +97,9 @@ class PixelCache:
         self.store.read_into(key, out, top * width * channels)
 
     def _remember_failures(self) -> None:
+        if not self._failures:
+            return
+        self._failures = _read_failures(self._failures_path) | self._failures  # another run may have added some
         content = json.dumps({"pillow": PIL.__version__, "reasons": self._failures}, indent=1)
         write_whole(self._failures_path, content.encode())
 
@@ -102,7 +109,7 @@ def pixel_key(content: str, intermediate: Size, method: str) -> str:
     return hashlib.blake2b(f"{content} {intermediate} {method}".encode(), digest_size=16).hexdigest()
 
 
-def _decode(job: PixelJob) -> np.ndarray | Unreadable:
+def _decoded(job: PixelJob) -> np.ndarray | Unreadable:
     try:
         return load(job.path, job.size, job.method)
     except Unreadable as error:

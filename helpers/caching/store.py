@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
-FORMAT = "floydtuner-shards-1"
+FORMAT = "shards-1"
 SHARD_BYTES = 256 * 1024**2
 SHARD_RECORDS = 4096
 
@@ -57,7 +57,8 @@ class ShardStore:
 
     def __init__(self, folder: Path, recipe: Mapping[str, str]) -> None:
         self.folder = folder
-        self._metadata = {"format": FORMAT, "recipe": json.dumps(dict(recipe), sort_keys=True)}
+        # One entry: the library writes several in an order of chance, and the same records would make another shard.
+        self._metadata = {"floydtuner": json.dumps({"format": FORMAT, "recipe": dict(recipe)}, sort_keys=True)}
         self._places: dict[str, _Place] = {}
         self._files: dict[Path, int] = {}
         self.damaged: tuple[Path, ...] = ()
@@ -131,7 +132,15 @@ class ShardStore:
         content = save(dict(records), self._metadata)
         shard = self.folder / f"{hashlib.sha256(content).hexdigest()[:_NAME_LENGTH]}.safetensors"
         write_whole(shard, content)
+        self.damaged = tuple(path for path in self.damaged if path != shard)  # made again, byte for byte
         self._add_shard(shard)
+
+    def damage(self) -> str:
+        """What to tell the user of the damaged shards; "" if there are none."""
+        if not self.damaged:
+            return ""
+        names = ", ".join(path.name for path in self.damaged)
+        return f"{self.folder}: damaged, so what is needed of it is made again: {names}"
 
     def drop_damaged(self) -> None:
         """Delete the damaged shards: nothing in them can be trusted, and what is needed has been made again."""

@@ -18,8 +18,13 @@ class MissingCaption(Exception):
         self.reason = reason
 
 
-def captions_for(path: Path, strategy: str, instance_prompt: str | None = None, prepend_instance_prompt: bool = False,
-                 only_instance_prompt: bool = False) -> tuple[str, ...]:
+def captions_for(
+    path: Path,
+    strategy: str,
+    instance_prompt: str | None = None,
+    prepend_instance_prompt: bool = False,
+    only_instance_prompt: bool = False,
+) -> tuple[str, ...]:
     """The captions of an image, not yet cleaned: one of them is drawn at each use.
 
     Args:

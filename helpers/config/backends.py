@@ -15,7 +15,17 @@ from pydantic.fields import FieldInfo
 from helpers.config.checks import resolution_problem
 from helpers.config.jsonfile import read_json
 from helpers.config.options import (
-    ROWS, CaptionStrategy, Config, DownsampleMethod, Extent, FromRoot, Group, Real, ResolutionType, Switch, Whole,
+    ROWS,
+    CaptionStrategy,
+    Config,
+    DownsampleMethod,
+    Extent,
+    FromRoot,
+    Group,
+    Real,
+    ResolutionType,
+    Switch,
+    Whole,
 )
 from helpers.config.problems import ConfigError, did_you_mean, found, invalid_values
 

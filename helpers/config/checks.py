@@ -85,7 +85,7 @@ def _validation_sizes(config: Config) -> Iterator[Problem]:
                 f"found {size}, edges of {family.name} need to be multiples of {family.alignment} pixels: "
                 f"instead of {uneven[0]} type {nearest_multiples(uneven[0], family.alignment)}",
             )
-        if max(size) > largest:
+        if max(size) > largest and not resolution_problem(data.resolution, data.resolution_type, family):
             yield Problem(
                 ("validation_resolution", "resolution", "resolution_type", "model_type"),
                 f"found {size}, which is more than {family.largest_factor} times the trained resolution "

@@ -110,7 +110,8 @@ def _default(value: object) -> str:
 def _keys(title: str, model: type[Group]) -> str:
     lines = [f"### {title}\n", "| key | value | default | |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        lines.append(f"| `{field.alias or name}` | {needs(field)} | {_key_default(name, field)} | {field.description} |")
+        key, default = field.alias or name, _key_default(name, field)
+        lines.append(f"| `{key}` | {needs(field)} | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
 
 
@@ -122,8 +123,10 @@ def _key_default(name: str, field: FieldInfo) -> str:
 
 
 def _later() -> str:
-    lines = ["## Known names without a meaning here\n"]
-    lines.append("Existing files set these. Where they ask for nothing (off, 0, empty) they pass, else they are refused.\n")
+    lines = [
+        "## Known names without a meaning here\n",
+        "Existing files set these. Where they ask for nothing (off, 0, empty) they pass, else they are refused.\n",
+    ]
     for row in LATER.values():
         exports = ", ".join(f"`{name}`" for name in row.exports)
         lines.append(f"- `--{row.name}`, {exports}" + (f": {row.instead}" if row.instead else ""))

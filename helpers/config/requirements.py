@@ -10,7 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-OLDEST_PYTHON = (3, 10)
+OLDEST_PYTHON = (3, 11)
 
 
 def lacking(lines: list[str]) -> list[str]:
@@ -28,10 +28,10 @@ def lacking(lines: list[str]) -> list[str]:
         try:
             found = metadata.distribution(requirement.name)
         except metadata.PackageNotFoundError:
-            problems.append("{} is not installed".format(requirement.name))
+            problems.append(f"{requirement.name} is not installed")
             continue
         if not requirement.specifier.contains(found.version, prereleases=True):
-            problems.append("{} is {}, not {}".format(requirement.name, found.version, requirement.specifier))
+            problems.append(f"{requirement.name} is {found.version}, not {requirement.specifier}")
         waiting += _needed(found, requirement.extras)
     return problems
 

@@ -6,6 +6,7 @@ copy everything once more. So a few buffers go round, and one thread reads ahead
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -64,16 +65,32 @@ class Collator:
         self._prepare = cache(prepare)
         self._ahead = ahead
         self._ring = cycle([_Slot(pin_memory) for _ in range(ahead + 1)])
+        self._rows = np.empty(0, np.uint8)
 
     def __call__(self, plan: BatchPlan) -> Batch:
         source = self._sources[plan.dataset_id]
         slot = next(self._ring)
         images = slot.images(len(plan.uses), plan.target.height, plan.target.width, 3)
         for image, use in zip(images.numpy(), plan.uses):
-            _read_crop(source, use, image, slot.band)
+            self._read_crop(source, use, image)
         embeds = slot.embeds(len(plan.uses), *source.embeds.row_shape)
         source.embeds.read([self._prepare(use.caption) for use in plan.uses], embeds)
         return Batch(images, embeds, plan.uses)
+
+    def _read_crop(self, source: Source, use: Use, out: np.ndarray) -> None:
+        """Fill `out` [H, W, 3] with the use's box. Only the rows of the box are read, at their full width."""
+        left, top, right, bottom = use.box
+        width = use.plan.intermediate.width
+        key = pixel_key(use.record.content, use.plan.intermediate, source.method)
+        if right - left == width:
+            source.pixels.read_into(key, out, top)
+            return
+        size = (bottom - top) * width * 3
+        if self._rows.size < size:
+            self._rows = np.empty(size, np.uint8)
+        rows = self._rows[:size].reshape(bottom - top, width, 3)
+        source.pixels.read_into(key, rows, top)
+        out[:] = rows[:, left:right]
 
     def stream(self, plans: Iterable[tuple[Position, BatchPlan]]) -> Iterator[tuple[Position, Batch]]:
         """Each position with its batch, read ahead of their use by one thread."""
@@ -96,7 +113,6 @@ class _Slot:
     def __init__(self, pin_memory: bool) -> None:
         self.images = _Buffer(torch.uint8, pin_memory)
         self.embeds = _Buffer(torch.bfloat16, pin_memory)
-        self.band = _Buffer(torch.uint8, pin_memory=False)
 
 
 class _Buffer:
@@ -106,20 +122,7 @@ class _Buffer:
 
     def __call__(self, *shape: int) -> Tensor:
         """A tensor of this shape over the buffer's memory, with whatever is in it."""
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         if self._memory.numel() < count:
             self._memory = torch.empty(count, dtype=self._memory.dtype, pin_memory=self._pin_memory)
         return self._memory[:count].view(shape)
-
-
-def _read_crop(source: Source, use: Use, out: np.ndarray, band: _Buffer) -> None:
-    """Fill `out` [H, W, 3] with the use's box. Only the rows of the box are read, at their full width."""
-    left, top, right, bottom = use.box
-    width = use.plan.intermediate.width
-    key = pixel_key(use.record.content, use.plan.intermediate, source.method)
-    if right - left == width:
-        source.pixels.read_into(key, out, top)
-        return
-    rows = band(bottom - top, width, 3).numpy()
-    source.pixels.read_into(key, rows, top)
-    out[:] = rows[:, left:right]

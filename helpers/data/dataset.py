@@ -10,13 +10,10 @@ from functools import cache
 from pathlib import Path
 
 from helpers.caching.pixels import PixelJob
+from helpers.config.backends import ImageBackend
 from helpers.data.scan import DatasetError, LeftOut, Record, Scan
 from helpers.images.geometry import Plan, Rules, plans, refusal
 from helpers.sizes import Size
-
-from typing import TYPE_CHECKING
-if TYPE_CHECKING:
-    from helpers.config.backends import ImageBackend
 
 @dataclass(frozen=True)
 class Report:
@@ -133,7 +130,7 @@ def rules_for(backend: ImageBackend, alignment: int) -> Rules:
         crop=backend.crop,
         crop_aspect=backend.crop_aspect,
         crop_style=backend.crop_style,
-        crop_aspect_buckets=backend.crop_aspect_buckets,
+        crop_aspect_buckets=tuple((bucket.aspect, bucket.weight) for bucket in backend.crop_aspect_buckets),
         aspect_bucket_rounding=backend.aspect_bucket_rounding,
         minimum_image_size=backend.minimum_image_size,
         maximum_image_size=backend.maximum_image_size,

@@ -9,7 +9,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import PIL
@@ -19,19 +19,26 @@ from helpers.images.loading import NotAnImage, Unreadable, inspect
 from helpers.sizes import Size
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .bmp .dib .tif .tiff .jp2 .j2k .jpx .ppm .pgm .pbm .pnm .pcx .sgi "
-    ".dds .psd .ico .qoi .tga .heic .heif .jxl .svg .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .exr .hdr".split())
+    (
+        ".jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .bmp .dib .tif .tiff .jp2 .j2k .jpx .ppm .pgm .pbm .pnm "
+        ".pcx .sgi .dds .psd .ico .qoi .tga .heic .heif .jxl .svg .raw .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .exr "
+        ".hdr"
+    ).split()
+)
 """A file of such a name is meant as an image: if it cannot be read, its user is told."""
 
 COMPANION_SUFFIXES = frozenset(
-    ".txt .caption .captions .cap .tags .json .jsonl .csv .tsv .md .yaml .yml .toml .xml .xmp .ini .log .parquet .npz .npy "
-    ".pt .pth .safetensors .ckpt .bin .zip .tar .gz .7z .rar .mp4 .mov .avi .mkv .webm .mp3 .wav .pdf .html .py .sh .db"
-    .split())
+    (
+        ".txt .caption .captions .cap .tags .json .jsonl .csv .tsv .md .yaml .yml .toml .xml .xmp .ini .log .parquet "
+        ".npz .npy .pt .pth .safetensors .ckpt .bin .zip .tar .gz .7z .rar .mp4 .mov .avi .mkv .webm .mp3 .wav .pdf "
+        ".html .py .sh .db"
+    ).split()
+)
 """What lies beside images without being any; such files are not opened. Any other name: the content decides."""
 
-IGNORED_FOLDERS = frozenset({"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information",
-                             "lost+found"})
-IGNORED_FILES = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r"})
+IGNORED_FOLDERS = frozenset(
+    {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
 
 INDEX_HEADER = {"index": 1, "pillow": PIL.__version__}
 """First line of an index. Another version of Pillow may read other files, so its index is made anew."""
@@ -98,8 +105,9 @@ class Captions:
 
     def of(self, path: Path) -> tuple[str, ...]:
         """The alternatives for one image; raises MissingCaption."""
-        return captions_for(path, self.caption_strategy, self.instance_prompt, self.prepend_instance_prompt,
-                            self.only_instance_prompt)
+        return captions_for(
+            path, self.caption_strategy, self.instance_prompt, self.prepend_instance_prompt, self.only_instance_prompt
+        )
 
 
 @dataclass(frozen=True)
@@ -130,8 +138,14 @@ class Entry:
     reason: str | None = None
 
 
-def scan(dataset_id: str, folder: Path, index_path: Path, captions: Captions, workers: int | None = None,
-         on_progress: Callable[[int, int], None] = lambda done, total: None) -> Scan:
+def scan(
+    dataset_id: str,
+    folder: Path,
+    index_path: Path,
+    captions: Captions,
+    workers: int | None = None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Scan:
     """Find all images under a folder and their captions.
 
     Follows links, each folder once; skips hidden files and those of file managers. Files whose size and time are as
@@ -162,8 +176,10 @@ def scan(dataset_id: str, folder: Path, index_path: Path, captions: Captions, wo
 
 def write_left_out(path: Path, left_out: Mapping[str, Iterable[LeftOut]]) -> None:
     """Write the report `left_out.json`: per dataset a list of files with their reasons; replaced as a whole."""
-    report = {dataset_id: [{"path": _shown(item.path), "reason": item.reason} for item in items]
-              for dataset_id, items in left_out.items()}
+    report = {
+        dataset_id: [{"path": _shown(item.path), "reason": item.reason} for item in items]
+        for dataset_id, items in left_out.items()
+    }
     _replace(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -184,7 +200,7 @@ def _walk(folder: Path, unreachable: list[LeftOut]) -> Iterator[Found]:
             unreachable.append(LeftOut(current, f"folder cannot be read: {error.strerror}"))
             continue
         for entry in entries:
-            if entry.name.startswith(".") or entry.name in IGNORED_FILES:
+            if entry.name.startswith("."):
                 continue
             if not _is_folder(entry):
                 yield from _file(entry, folder, unreachable)
@@ -214,8 +230,9 @@ def _file(entry: os.DirEntry, folder: Path, unreachable: list[LeftOut]) -> Itera
         unreachable.append(LeftOut(path, "is not a regular file"))
 
 
-def _entries(files: Sequence[Found], index_path: Path, workers: int | None,
-             on_progress: Callable[[int, int], None]) -> dict[str, Entry]:
+def _entries(
+    files: Sequence[Found], index_path: Path, workers: int | None, on_progress: Callable[[int, int], None]
+) -> dict[str, Entry]:
     """What each file is: from the index where it is unchanged, else by opening it; the index then knows it too."""
     known = _read_index(index_path)
     entries = {file.key: known[file.key] for file in files if _is_current(known.get(file.key), file)}
@@ -227,7 +244,7 @@ def _entries(files: Sequence[Found], index_path: Path, workers: int | None,
             index.write("\n" if known else json.dumps(INDEX_HEADER) + "\n")
             with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
                 for start in range(0, len(unknown), SLICE):
-                    some = unknown[start:start + SLICE]
+                    some = unknown[start : start + SLICE]
                     for file, entry in zip(some, pool.map(_open, some)):
                         entries[file.key] = entry
                         index.write(_index_line(file.key, entry))
@@ -283,8 +300,7 @@ def _parsed(line: str) -> dict | None:
 
 
 def _index_line(key: str, entry: Entry) -> str:
-    values = [entry.bytes, entry.mtime_ns, entry.content, entry.width, entry.height, entry.has_more_frames, entry.reason]
-    return json.dumps({"path": key, "entry": values}) + "\n"
+    return json.dumps({"path": key, "entry": astuple(entry)}) + "\n"
 
 
 def _replace(path: Path, text: str) -> None:
@@ -298,8 +314,9 @@ def _replace(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _sorted_out(dataset_id: str, images: Sequence[Found], entries: Mapping[str, Entry],
-                captions: Captions) -> tuple[list[Record], list[LeftOut]]:
+def _sorted_out(
+    dataset_id: str, images: Sequence[Found], entries: Mapping[str, Entry], captions: Captions
+) -> tuple[list[Record], list[LeftOut]]:
     records, left_out = [], []
     for file in images:
         entry = entries[file.key]
@@ -327,10 +344,12 @@ def _nothing_usable(dataset_id: str, folder: Path, result: Scan, captions: Capti
     uncaptioned = [item for item in result.left_out if item.reason.startswith("no caption")]
     if uncaptioned:
         reasons = "; ".join(item.reason.removeprefix("no caption: ") for item in uncaptioned[:NAMED])
-        return (f"{start}none of its {result.found} images has a caption by caption_strategy "
-                f"{captions.caption_strategy!r}: {reasons}{', ...' if len(uncaptioned) > NAMED else ''}"
-                f"{_unread_captions(uncaptioned, files)}. Write these captions, or set caption_strategy to filename, or to "
-                "instanceprompt with an instance_prompt")
+        return (
+            f"{start}none of its {result.found} images has a caption by caption_strategy "
+            f"{captions.caption_strategy!r}: {reasons}{', ...' if len(uncaptioned) > NAMED else ''}"
+            f"{_unread_captions(uncaptioned, files)}. Write these captions, or set caption_strategy to filename, or to "
+            "instanceprompt with an instance_prompt"
+        )
     if result.found:
         reasons = "; ".join(f"{_shown(item.path)} {item.reason}" for item in result.left_out[:NAMED])
         return f"{start}none of the {result.found} images in {str(folder)!r} can be read: {reasons}"
@@ -340,9 +359,13 @@ def _nothing_usable(dataset_id: str, folder: Path, result: Scan, captions: Capti
 def _unread_captions(images: Sequence[LeftOut], files: Sequence[Found]) -> str:
     """A hint at files that look like captions by name but have an extension that nobody reads."""
     stems = {item.path.with_suffix("") for item in images}
-    beside = Counter(file.path.suffix for file in files
-                     if file.path.suffix != ".txt" and file.path.suffix.lower() in COMPANION_SUFFIXES
-                     and file.path.with_suffix("") in stems)
+    beside = Counter(
+        file.path.suffix
+        for file in files
+        if file.path.suffix != ".txt"
+        and file.path.suffix.lower() in COMPANION_SUFFIXES
+        and file.path.with_suffix("") in stems
+    )
     if not beside:
         return ""
     suffix, count = beside.most_common(1)[0]

@@ -24,8 +24,9 @@ def steps(source: Size, target: Size) -> list[Size]:
     return sizes if sizes and sizes[-1] == target else [*sizes, target]
 
 
-def resize(image: Image.Image, target: Size, method: str = "stepwise",
-           box: tuple[float, float, float, float] | None = None) -> Image.Image:
+def resize(
+    image: Image.Image, target: Size, method: str = "stepwise", box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
     """Resize by Pillow's antialiased Lanczos filter.
 
     Args:

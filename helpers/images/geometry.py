@@ -46,8 +46,10 @@ class Rules:
     def __post_init__(self) -> None:
         if self.in_pixels and self.resolution % self.alignment:
             below = int(self.resolution // self.alignment) * self.alignment
-            raise ValueError(f"resolution {self.resolution:g} is not a multiple of {self.alignment}: "
-                             f"type {max(below, self.alignment)} or {below + self.alignment}")
+            raise ValueError(
+                f"resolution {self.resolution:g} is not a multiple of {self.alignment}: "
+                f"type {max(below, self.alignment)} or {below + self.alignment}"
+            )
         if (self.maximum_image_size is None) != (self.target_downsample_size is None):
             raise ValueError("maximum_image_size and target_downsample_size come as a pair: set both or neither")
         if self.crop and self.crop_aspect == "random" and not self.crop_aspect_buckets:
@@ -92,8 +94,9 @@ def refusal(size: Size, rules: Rules) -> str | None:
         return f"{size} has an edge below minimum_image_size {rules.minimum_image_size:g}"
     if not rules.in_pixels and size.width * size.height < _pixels(rules.minimum_image_size):
         megapixels = size.width * size.height / 1e6
-        return (f"{size} ({megapixels:.4g} megapixels) is below minimum_image_size {rules.minimum_image_size:g} "
-                "megapixels")
+        return (
+            f"{size} ({megapixels:.4g} megapixels) is below minimum_image_size {rules.minimum_image_size:g} megapixels"
+        )
     return None
 
 
@@ -110,8 +113,8 @@ def crop_box(intermediate: Size, target: Size, style: str, u: float = 0.0, v: fl
     """The (left, top, right, bottom) of the target inside the intermediate image; never outside of it.
 
     Args:
-        style: "random" (uniform over all positions), "center" or "centre", "corner" (top left), or "face".
-        u: in [0, 1): the horizontal draw for "random", the centre of the face as a share of the width for "face".
+        style: "random" (uniform over all positions), "center" or "centre", or "corner" (top left).
+        u: in [0, 1): the horizontal draw, read only by "random".
         v: the same for the vertical.
     """
     left = _offset(intermediate.width, target.width, style, u)
@@ -124,14 +127,12 @@ def _offset(edge: int, target: int, style: str, draw: float) -> int:
     if room < 0:
         raise ValueError(f"a box of {target} pixels does not fit into {edge}")
     if style == "random":
-        return min(math.floor(draw * (room + 1)), room)
+        return math.floor(draw * (room + 1))
     if style in ("center", "centre"):
         return room // 2
     if style == "corner":
         return 0
-    if style == "face":
-        return min(max(math.floor(draw * edge - target / 2 + 0.5), 0), room)
-    raise ValueError(f"crop_style {style!r} is unknown: use random, center, corner or face")
+    raise ValueError(f"crop_style {style!r} is unknown: use random, center or corner")
 
 
 def _random_plans(size: Size, rules: Rules) -> tuple[Plan, ...]:
@@ -192,7 +193,7 @@ def _enlargement(size: Size, target: Size) -> Fraction:
 
 def _rounded_aspect(size: Size, digits: int) -> Fraction:
     """Width / height to so many digits, halves up; at least one unit of the last digit, so that it never is zero."""
-    unit = 10 ** digits
+    unit = 10**digits
     return Fraction(max(1, _nearest(Fraction(size.width * unit, size.height))), unit)
 
 

@@ -25,19 +25,55 @@ DRAFT_MARGIN = 3
 """A JPEG is decoded at the smallest scale that is still this many times the needed size: a zone plate keeps 47 dB
 against a full decode, where a margin of 2 keeps 40."""
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "PPM", "PCX", "SGI", "DDS",
-           "PSD", "ICO", "QOI")
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "AVIF",
+    "GIF",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "JPEG2000",
+    "PPM",
+    "PCX",
+    "SGI",
+    "DDS",
+    "PSD",
+    "ICO",
+    "QOI",
+)
 """Pillow's raster formats that say what they are in their first bytes. Not EPS (runs Ghostscript) and stubs."""
 
-BAD_FILE = (OSError, ValueError, SyntaxError, RuntimeError, IndexError, EOFError, struct.error,
-            Image.DecompressionBombError, MemoryError)
+BAD_FILE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,
+    IndexError,
+    struct.error,
+    Image.DecompressionBombError,
+    MemoryError,
+)
 """What Pillow's decoders raise on damaged files; measured by cutting and flipping bytes of every format."""
 
-SIGNATURES = ((b"\x89PNG", "PNG"), (b"\xff\xd8\xff", "JPEG"), (b"GIF8", "GIF"), (b"II*\0", "TIFF"), (b"MM\0*", "TIFF"),
-              (b"BM", "BMP"))
-TRANSPOSES = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-              5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-              8: Image.Transpose.ROTATE_90}
+SIGNATURES = (
+    (b"\x89PNG", "PNG"),
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"GIF8", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"BM", "BMP"),
+)
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 ORIENTATION = 0x0112
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
 
@@ -110,9 +146,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         # A pipe or a device would hang `open`, so the kind of file is asked first.
         if not stat.S_ISREG(path.stat().st_mode):
             raise Unreadable("is not a regular file")
-        with path.open("rb") as stream:
-            with _identified(stream) as image:
-                yield image
+        with path.open("rb") as stream, _identified(stream) as image:
+            yield image
     except Image.DecompressionBombError as error:
         raise Unreadable(f"has more than {MAX_PIXELS // 10**6} megapixels") from error
     except BAD_FILE as error:
@@ -237,13 +272,15 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From an embedded profile to sRGB; None if the profile is damaged or made for another kind of picture.
 
-    Kept because building one takes longer than using it on a small picture. NOCACHE makes it safe to share between threads.
+    Kept because building one takes longer than using it on a small picture. NOCACHE makes it safe to share between
+    threads.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if PROFILE_MODES.get(source.profile.xcolor_space.strip()) != mode:
             return None
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB",
-                                       flags=ImageCms.Flags.NOCACHE)
+        return ImageCms.buildTransform(
+            source, ImageCms.createProfile("sRGB"), mode, "RGB", flags=ImageCms.Flags.NOCACHE
+        )
     except (OSError, ValueError, ImageCms.PyCMSError):
         return None

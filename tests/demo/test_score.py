@@ -50,7 +50,9 @@ def test_a_blot_of_the_right_colour_has_no_shape():
     assert see(blot) == Seen("purple", None)
 
 
-@pytest.mark.parametrize("hue, name", [((90, 20, 140), "purple"), ((255, 120, 120), "red"), ((20, 230, 230), None)])
+@pytest.mark.parametrize(
+    "hue, name", [((90, 20, 140), "purple"), ((255, 120, 120), "red"), ((20, 230, 230), None)]
+)
 def test_shades_keep_the_name_of_their_colour_and_strange_hues_have_none(hue, name):
     picture = np.full((64, 64, 3), 220, np.uint8)
     picture[16:48, 16:48] = hue
@@ -74,7 +76,7 @@ def test_the_same_seed_draws_the_same_files_at_odd_sizes_with_captions(tmp_path)
     assert len(sizes) > 15
     assert all(80 <= edge <= 400 for size in sizes for edge in size)
     captions = [(tmp_path / "a" / n).read_text(encoding="utf-8") for n in names if n.endswith(".txt")]
-    assert all(str(thing) in caption for thing, caption in zip(EVERYTHING, captions))
+    assert all(str(thing) in caption for thing, caption in zip(KNOWN, captions))
 
 
 @pytest.mark.parametrize("corner", [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (1.0, 0.0)])

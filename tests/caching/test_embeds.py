@@ -1,0 +1,150 @@
+"""Each caption is encoded once, comes back bit for bit, and never from another encoder."""
+
+import hashlib
+
+import pytest
+import torch
+
+from helpers.caching.embeds import EmbedCache, NonFiniteEmbedding
+
+FINGERPRINT = {"text_encoder": "aa", "tokenizer": "bb", "length": "77", "cleaning": "if"}
+
+
+class Encoder:
+    """Deterministic embeddings of a text, and a record of what was asked for."""
+
+    def __init__(self, width: int = 16) -> None:
+        self.width = width
+        self.batches: list[list[str]] = []
+
+    def __call__(self, texts):
+        self.batches.append(list(texts))
+        return torch.stack([self.embedding(text) for text in texts])
+
+    def embedding(self, text: str) -> torch.Tensor:
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
+        return torch.randn(77, self.width, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def built(folder, texts, encoder=None, fingerprint=FINGERPRINT, batch_size=4) -> EmbedCache:
+    cache = EmbedCache(folder, fingerprint)
+    cache.build(texts, encoder or Encoder(), len, batch_size)
+    return cache
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int16)
+
+
+def test_embeddings_come_back_bit_for_bit_in_the_order_asked_for(tmp_path):
+    texts = ["", "a cat", "ein Häuschen im Grünen", "猫", "line\nbreak", "a" * 500, "'quotes\" and $HOME"]
+    cache = built(tmp_path, texts)
+    asked = [*reversed(texts), "a cat", ""]
+    for opened in (cache, EmbedCache(tmp_path, FINGERPRINT)):
+        found = opened.read(asked)
+        assert found.dtype == torch.bfloat16 and found.shape == (len(asked), 77, 16)
+        assert torch.equal(bits(found), bits(torch.stack([Encoder().embedding(text) for text in asked])))
+
+
+def test_unusual_numbers_are_kept(tmp_path):
+    values = torch.tensor([0.0, -0.0, 3e38, -3e38, 1e-40, 7.0]).bfloat16()
+    row = values.repeat(77, 1)
+    cache = built(tmp_path, ["odd"], lambda texts: row[None])
+    assert torch.equal(bits(cache.read(["odd"])[0]), bits(row))
+
+
+def test_a_caption_is_encoded_once_however_often_it_occurs(tmp_path):
+    encoder = Encoder()
+    cache = built(tmp_path, ["a", "b", "a", "a", "b"], encoder)
+    assert sorted(text for batch in encoder.batches for text in batch) == ["a", "b"]
+    assert len(cache.store) == 2
+
+
+def test_a_second_build_encodes_only_what_is_new(tmp_path):
+    built(tmp_path, ["a", "b"])
+    encoder = Encoder()
+    cache = EmbedCache(tmp_path, FINGERPRINT)
+    assert cache.missing(["c", "a", "c", "b"]) == ["c"]
+    cache.build(["a", "b", "c"], encoder, len, 4)
+    assert encoder.batches == [["c"]]
+    cache.build(["a", "b", "c"], encoder, len, 4)
+    assert encoder.batches == [["c"]]
+
+
+def test_batches_hold_texts_of_like_length_the_longest_first(tmp_path):
+    encoder = Encoder()
+    built(tmp_path, [letter * length for letter, length in zip("abcdefg", (3, 9, 1, 7, 2, 8, 5))], encoder, batch_size=3)
+    assert [[len(text) for text in batch] for batch in encoder.batches] == [[9, 8, 7], [5, 3, 2], [1]]
+
+
+@pytest.mark.parametrize("part", FINGERPRINT)
+def test_two_encoders_that_share_a_folder_do_not_mix(tmp_path, part):
+    built(tmp_path, ["a"])
+    other = EmbedCache(tmp_path, {**FINGERPRINT, part: "another"})
+    assert other.missing(["a"]) == ["a"]
+    other.build(["a"], Encoder(width=4), len, 1)
+    assert other.read(["a"]).shape == (1, 77, 4)
+    assert EmbedCache(tmp_path, FINGERPRINT).read(["a"]).shape == (1, 77, 16)
+
+
+def test_an_embedding_that_is_not_finite_is_an_error_that_names_the_caption(tmp_path):
+    def overflowing(texts):
+        embeds = Encoder()(texts)
+        if "the third" in texts:
+            embeds[texts.index("the third"), 5, 3] = float("inf")
+        return embeds
+
+    cache = EmbedCache(tmp_path, FINGERPRINT)
+    with pytest.raises(NonFiniteEmbedding, match="'the third'.*bf16"):
+        cache.build(["the third", "of", "and"], overflowing, len, 2)
+    assert "the third" in EmbedCache(tmp_path, FINGERPRINT).missing(["the third"])
+
+
+def test_an_interrupted_build_keeps_what_was_encoded(tmp_path):
+    def interrupted(texts):
+        if texts == ["c"]:
+            raise KeyboardInterrupt
+        return Encoder()(texts)
+
+    with pytest.raises(KeyboardInterrupt):
+        built(tmp_path, ["aaa", "bb", "c"], interrupted, batch_size=1)
+    assert EmbedCache(tmp_path, FINGERPRINT).missing(["aaa", "bb", "c"]) == ["c"]
+
+
+@pytest.mark.parametrize("result", [
+    torch.zeros(2, 77, 4), torch.zeros(3, 77, 4).bfloat16(), torch.zeros(77, 4).bfloat16(),
+], ids=["float32", "another count", "no batch"])
+def test_what_an_encoder_must_not_return_is_refused(tmp_path, result):
+    with pytest.raises(ValueError, match="not bfloat16"):
+        built(tmp_path, ["a", "b"], lambda texts: result)
+
+
+def test_reading_fills_the_given_buffer_and_returns_its_rows(tmp_path):
+    cache = built(tmp_path, ["a", "b"])
+    buffer = torch.zeros(4, 77, 16, dtype=torch.bfloat16)
+    found = cache.read(["b", "a"], buffer)
+    assert found.shape == (2, 77, 16) and found.data_ptr() == buffer.data_ptr()
+    assert torch.equal(buffer[:2], cache.read(["b", "a"])) and not buffer[2:].any()
+    with pytest.raises(ValueError, match="do not fit"):
+        cache.read(["a", "b", "a"], buffer[:2])
+
+
+def test_a_caption_without_embedding_is_named(tmp_path):
+    with pytest.raises(KeyError, match="'never seen'"):
+        built(tmp_path, ["a"]).read(["a", "never seen"])
+
+
+def test_a_damaged_shard_is_announced_and_encoded_again(tmp_path, capsys):
+    cache = built(tmp_path, ["a", "b"])
+    [shard] = cache.store.folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    encoder = Encoder()
+    again = built(tmp_path, ["a", "b"], encoder)
+    assert encoder.batches == [["a", "b"]] and shard.name in capsys.readouterr().out
+    assert torch.equal(again.read(["a"])[0], encoder.embedding("a"))
+
+
+def test_count_size_and_time_are_told_first(tmp_path, capsys):
+    built(tmp_path, [f"caption {number}" for number in range(1200)], lambda texts: torch.zeros(len(texts), 77, 16).bfloat16())
+    first, second = capsys.readouterr().out.splitlines()
+    assert "1,200 captions" in first and "3.0 MB" in second and "about 00:0" in second

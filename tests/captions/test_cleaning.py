@@ -1,0 +1,48 @@
+"""Captions are cleaned as DeepFloyd IF's were, by diffusers' own code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers.captions.cleaning import clean
+
+
+@pytest.mark.parametrize(
+    "caption, cleaned",
+    [
+        ("", ""),
+        ("  A Photograph of a CAT  ", "a photograph of a cat"),
+        ("<b>A cat</b> and a dog, see https://example.com", "a cat and a dog, see"),
+        ("a_cat_on_a_red_mat", "a cat on a red mat"),
+        ("a+cat%20here", "a cat here"),
+        ("IMG_1234.jpg of a cat 1920x1080 @someone", "of a cat"),
+        ("cat \u2014 \u201cbig\u201d", 'cat - "big"'),
+        ("\u732b a cat", "a cat"),
+    ],
+)
+def test_known_captions(caption: str, cleaned: str) -> None:
+    assert clean(caption) == cleaned
+
+
+def test_cleaning_is_done_twice_as_the_pipelines_do_it() -> None:
+    from diffusers import IFPipeline
+
+    once = IFPipeline.__new__(IFPipeline)._clean_caption
+    caption = "a cat &amp;lt;b&amp;gt;here&amp;lt;/b&amp;gt; ((('dog')))"
+    assert once(caption) != once(once(caption)) == clean(caption)
+
+
+def test_without_its_libraries_cleaning_fails_instead_of_doing_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ftfy", "bs4"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, name, None)
+            with pytest.raises(ModuleNotFoundError, match=name):
+                clean("a cat")
+
+
+def test_importing_the_module_does_not_import_diffusers() -> None:
+    code = "import helpers.captions.cleaning, sys; sys.exit('diffusers' in sys.modules or 'torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

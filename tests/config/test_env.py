@@ -1,0 +1,127 @@
+"""Exports to flags: values, names that are a slip away, and names that belong to others."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helpers.config.env import command_line, known_exports, misspelled, strange
+from helpers.config.later import LATER_EXPORTS
+from helpers.config.load import ConfigError, load
+from helpers.config.paths import ROOT
+
+NOTHING = frozenset()
+
+
+@pytest.fixture
+def environ(tmp_path):
+    path = tmp_path / "backends.json"
+    path.write_text(json.dumps([{"id": "a", "instance_data_dir": str(tmp_path)}]), encoding="utf-8")
+    return {"MODEL_TYPE": "deepfloyd-lora", "DATALOADER_CONFIG": str(path)}
+
+
+def problems_of(environ, *argv):
+    with pytest.raises(ConfigError) as caught:
+        command_line(argv, environ, NOTHING, "python")
+    return list(caught.value.problems)
+
+
+def test_exports_become_flags_and_typed_flags_replace_them(environ):
+    words = command_line(["--seed", "5"], environ | {"TRAINING_SEED": "4", "LORA_RANK": "8"}, NOTHING, "python")
+    assert words[:2] == ["python", "train_sd2x.py"]
+    assert "--lora_rank=8" in words and words[-2:] == ["--seed", "5"] and "--seed=4" not in words
+
+
+def test_an_empty_export_is_not_set(environ):
+    words = command_line([], environ | {"TRAINING_SEED": "", "USE_XFORMERS": " ", "USE_EMA": ""}, NOTHING, "python")
+    assert load(words[2:]).config.training.seed == 42
+
+
+@pytest.mark.parametrize("word, mechanism", [("true", "xformers"), ("YES", "xformers"), ("0", "sdpa"), ("", "sdpa")])
+def test_use_xformers_is_a_switch(environ, word, mechanism):
+    words = command_line([], environ | {"USE_XFORMERS": word}, NOTHING, "python")
+    assert load(words[2:]).config.training.attention_mechanism == mechanism
+
+
+def test_extra_flags_are_split_as_a_shell_does_and_typed_ones_win(environ):
+    extra = environ | {"TRAINER_EXTRA_ARGS": "--validation_prompt 'two words' --seed=4", "LORA_RANK": "8"}
+    config = load(command_line(["--seed=5"], extra, NOTHING, "python")[2:]).config
+    assert (config.validation.validation_prompt, config.training.seed) == ("two words", 5)
+
+
+@pytest.mark.parametrize("exports", [
+    {"TRAINING_NUM_PROCESSES": "2"}, {"TRAINING_NUM_MACHINES": "2"}, {"TRAINING_DYNAMO_BACKEND": "inductor"},
+    {"ACCELERATE_EXTRA_ARGS": "--main_process_port 29501"},
+])
+def test_accelerate_is_used_only_for_what_needs_it(environ, exports):
+    direct = command_line([], environ | {"TRAINING_NUM_PROCESSES": "1"}, NOTHING, "python")
+    launched = command_line([], environ | exports, NOTHING, "python")
+    assert direct[1] == "train_sd2x.py"
+    assert launched[1:3] == ["-m", "accelerate.commands.launch"]
+    assert any(next(iter(exports.values())).split()[-1] in word for word in launched)
+
+
+@pytest.mark.parametrize("exports, words", [
+    ({"USE_XFORMERS": "maybe"}, "found 'maybe' in export USE_XFORMERS, needs true or false"),
+    ({"USE_XFORMERS": "true", "ATTENTION_MECHANISM": "sdpa"}, "contradict each other"),
+    ({"MINIMUM_RESOLUTION": "64", "MINIMUM_IMAGE_SIZE": "72"}, "contradict each other"),
+    ({"TRAINING_NUM_PROCESSES": "many"}, "export TRAINING_NUM_PROCESSES: found 'many', needs a whole number"),
+    ({"TRAINER_EXTRA_ARGS": "'open"}, "export TRAINER_EXTRA_ARGS"),
+    ({"ACCELERATE_EXTRA_ARGS": "'open"}, "export ACCELERATE_EXTRA_ARGS"),
+    ({"VALIDATION_STEP": "5"}, "export VALIDATION_STEP: not an option; did you mean VALIDATION_STEPS?"),
+    ({"USE_DORA": "true"}, "plain LoRA is trained"),
+    ({"USE_BITFIT": "1"}, "set it to false"),
+    ({"MIN_SNR_GAMMA": "5"}, "remove it"),
+    ({"VAE_BATCH_SIZE": "4"}, "DeepFloyd has no VAE"),
+    ({"PUSH_TO_HUB": "true"}, "hf upload"),
+    ({"CONTROLNET": "true"}, "set it to false"),
+    ({"TEXT_ENCODER_LIMIT": "25"}, "the text encoder is not trained"),
+    ({"DELETE_UNWANTED_IMAGES": "true"}, "the dataset is only read"),
+])
+def test_a_wrong_export_is_answered_in_words(environ, exports, words):
+    problems = problems_of(environ | exports)
+    assert len(problems) == 1 and words in problems[0]
+
+
+def test_what_asks_for_nothing_passes(environ):
+    off = {"USE_DORA": "false", "USE_BITFIT": "False", "USE_EMA": "0", "EMA_DECAY": "0.999", "MIN_SNR_GAMMA": "0",
+           "VAE_BATCH_SIZE": "1", "PUSH_TO_HUB": "no", "PUSH_CHECKPOINTS": "off", "HUB_MODEL_NAME": "mine",
+           "CONTROLNET": "none", "TEXT_ENCODER_LIMIT": "", "DELETE_SMALL_IMAGES": "false"}
+    assert command_line([], environ | off, NOTHING, "python") == command_line([], environ, NOTHING, "python")
+
+
+def test_problems_of_exports_flags_and_files_come_together(environ):
+    assert len(problems_of(environ | {"VALIDATION_STEP": "5", "LORA_RANK": "x"}, "--lr_ned=3")) == 3
+
+
+@pytest.mark.parametrize("name", [
+    "HF_TOKEN", "HF_HOME", "WANDB_PROJECT", "CUDA_VISIBLE_DEVICES", "BASE_DIR", "PATH", "HOME", "LANG", "SEED",
+    "EDITOR", "LOCAL_RANK", "CCACHE_DIR", "DATA_DIR", "MY_DIR", "TERM", "PYTHONPATH", "OMP_NUM_THREADS", "NUM_WORKERS",
+])
+@pytest.mark.parametrize("outer", [True, False])
+def test_other_peoples_names_are_left_alone(name, outer):
+    assert misspelled({name: "x"}, frozenset({name}) if outer else NOTHING) == []
+
+
+@pytest.mark.parametrize("name", ["VALIDATION_STEP", "VALIDAITON_STEPS", "LEARNING_RATE_EN", "TRAIN_BATCHSIZE"])
+@pytest.mark.parametrize("outer", [True, False])
+def test_a_slip_in_a_long_name_is_seen_wherever_it_was_set(name, outer):
+    assert len(misspelled({name: "x"}, frozenset({name}) if outer else NOTHING)) == 1
+
+
+def test_a_slip_in_a_short_name_counts_only_in_the_env_file():
+    assert misspelled({"LORA_RNK": "x"}, NOTHING) and not misspelled({"LORA_RNK": "x"}, frozenset({"LORA_RNK"}))
+
+
+def test_names_that_nobody_reads_are_mentioned():
+    environ = {"MY_THING": "1", "BASE_DIR": "/", "HF_HOME": "/", "LORA_RANK": "1", "OLD": "1"}
+    assert strange(environ, {"OLD"}) == ["MY_THING"]
+
+
+def test_the_example_shows_every_export_and_no_other():
+    text = (ROOT / "sd2x-env.sh.example").read_text(encoding="utf-8")
+    shown = {line.split("export ")[1].split("=")[0] for line in text.splitlines() if "export " in line and "=" in line}
+    ours = known_exports() - {"ENV_FILE"}
+    assert shown - {"BASE_DIR"} <= ours
+    assert ours - set(LATER_EXPORTS) <= shown

@@ -1,0 +1,223 @@
+"""Typed options from flags and config.json: values, defaults, sources, and every problem in one list."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from helpers.config.load import ENV_FILE_MARK, ConfigError, as_json, describe, load
+from helpers.config.options import ROWS
+from helpers.config.paths import ROOT
+from helpers.sizes import Size
+
+LORA = "--model_type=deepfloyd-lora"
+
+
+def problems_of(*flags: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load([LORA, *flags])
+    return list(caught.value.problems)
+
+
+def written(tmp_path, content) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return f"--config={path}"
+
+
+def test_a_model_type_alone_is_enough():
+    config = load([LORA]).config
+    assert config.data.resolution == 64
+    assert config.validation.validation_resolution == (Size(64, 64),)
+    assert config.data.data_backend_config == ROOT / "multidatabackend_deepfloyd.json"
+    assert config.training.num_train_epochs > 0 and config.training.max_train_steps == 0
+    assert config.family.alignment == 8 and config.training_kind == "lora"
+
+
+def test_the_config_is_frozen_and_compares_by_value():
+    config = load([LORA]).config
+    assert config == load([LORA, "--lr_end=0"]).config
+    assert config != load([LORA, "--lr_end=1e-6"]).config
+    with pytest.raises(ValueError):
+        config.training.seed = 1
+
+
+@pytest.mark.parametrize("word, value", [
+    ("true", True), ("TRUE", True), ("1", True), ("yes", True), ("On", True),
+    ("false", False), ("False", False), ("0", False), ("NO", False), ("off", False),
+])
+def test_switches_understand_words_in_any_case(word, value):
+    assert load([LORA, f"--allow_tf32={word}"]).config.training.allow_tf32 is value
+    assert load([LORA, "--allow_tf32", word]).config.training.allow_tf32 is value
+
+
+@pytest.mark.parametrize("word", ["maybe", "t", "2", "", "yes please"])
+def test_other_words_are_no_switch(word):
+    assert problems_of(f"--allow_tf32={word}") == [
+        f"{ROWS['allow_tf32'].label}: found {word!r}, needs true or false"
+    ]
+
+
+def test_a_switch_alone_is_on_and_leaves_the_next_flag_alone():
+    config = load([LORA, "--dry_run", "--seed", "7"]).config
+    assert config.run.dry_run and config.training.seed == 7
+
+
+@pytest.mark.parametrize("flags", [["--lr_end=4e-6"], ["--lr_end", "4e-6"], ["--lr_end=1", "--lr_end=4e-6"]])
+def test_both_ways_to_write_a_flag_and_the_last_one_wins(flags):
+    assert load([LORA, *flags]).config.optimizer.lr_end == 4e-6
+
+
+def test_an_error_names_flag_export_and_key_with_what_was_found():
+    assert problems_of("--lr_end=abc") == [
+        '--lr_end (export LEARNING_RATE_END, key "lr_end"): found \'abc\', needs a number of at least 0'
+    ]
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--lr_ned=1", "--lr_ned: not an option; did you mean --lr_end?"),
+    ("--LEARNING_RATE_END=1", "that is the export of --lr_end"),
+    ("--optimizer=adamw_bf6", "did you mean adamw_bf16?"),
+    ("--train_batch_size=0", "found '0', needs a whole number of at least 1"),
+    ("--train_batch_size=1.5", "needs a whole number"),
+    ("--learning_rate=nan", "needs a number above 0"),
+    ("--seed=-1", "needs a whole number of at least 0"),
+    ("--caption_dropout_probability=1.5", "at most 1"),
+    ("--mixed_precision=fp16", "type bf16"),
+    ("--caption_strategy=parquet", "type textfile"),
+    ("--resume_from_checkpoint=checkpoint-x", "needs latest, none, or the name of a checkpoint"),
+    ("--validation_resolution=64,wide", "'wide' is not a size"),
+    ("--instance_prompt", "no value, needs text"),
+    ("stray", "found 'stray' where a flag is expected"),
+    ("--resolution=60", "type 56 or 64"),
+    ("--resolution=512", "needs at most 256"),
+    ("--validation_resolution=64,100x64", "instead of 100 type 96 or 104"),
+    ("--validation_resolution=264", "more than 4 times the trained resolution"),
+    ("--validation_guidance_rescale=0.7", "set it to 0.0"),
+    ("--lr_end=1", "above the learning_rate"),
+    ("--validation_prompt_library=/nowhere.json", "there is no file /nowhere.json"),
+    ("--use_dora", "found 'true', which is not offered"),
+    ("--snr_gamma=5", "remove it"),
+])
+def test_wrong_input_is_answered_in_words(flag, words):
+    problems = problems_of(flag)
+    assert len(problems) == 1 and words in problems[0]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--max_train_steps=0", "--num_train_epochs=0"], "NUM_EPOCHS"),
+    (["--optimizer=adamw", "--pure_bf16"], "type adamw_bf16"),
+    (["--lr_scheduler=constant", "--lr_warmup_steps=5"], "constant_with_warmup"),
+    (["--resolution_type=area", "--resolution=64"], "resolution_type pixel"),
+])
+def test_options_that_do_not_fit_together_are_refused(flags, words):
+    problems = problems_of(*flags)
+    assert len(problems) == 1 and words in problems[0]
+
+
+def test_all_problems_come_at_once_and_none_twice():
+    problems = problems_of("--lr_end=x", "--resolution=60", "--seeed=1", "--pure_bf16=maybe", "--max_train_steps=x")
+    assert len(problems) == 5
+
+
+def test_a_wrong_value_causes_no_second_problem_between_options():
+    assert len(problems_of("--resolution=abc", "--validation_resolution=1024")) == 1
+
+
+@pytest.mark.parametrize("flags, steps, epochs", [
+    ([], 0, 25),
+    (["--max_train_steps=10"], 10, 0),
+    (["--num_train_epochs=3"], 0, 3),
+    (["--max_train_steps=10", "--num_train_epochs=3"], 10, 3),
+    (["--max_train_steps=10", "--num_train_epochs=0"], 10, 0),
+])
+def test_steps_or_epochs_end_the_run(flags, steps, epochs):
+    training = load([LORA, *flags]).config.training
+    assert (training.max_train_steps, training.num_train_epochs) == (steps, epochs)
+
+
+@pytest.mark.parametrize("flags, optimizer", [
+    ([], "adamw"), (["--pure_bf16"], "adamw_bf16"), (["--optimizer=adamw_bf16"], "adamw_bf16"),
+])
+def test_the_default_optimizer_moves_weights_of_the_precision_chosen(flags, optimizer):
+    assert load([LORA, *flags]).config.optimizer.optimizer == optimizer
+
+
+@pytest.mark.parametrize("value", ["64, 96,64x96,96X64", [64, "96", "64x96", "96x64"]])
+def test_validation_sizes_are_listed_in_order(value, tmp_path):
+    config = load([LORA, written(tmp_path, {"validation_resolution": value})]).config
+    assert config.validation.validation_resolution == (Size(64, 64), Size(96, 96), Size(64, 96), Size(96, 64))
+
+
+def test_flags_win_over_config_json_and_that_over_defaults(tmp_path):
+    resolved = load([LORA, written(tmp_path, {"seed": 5, "lora_rank": 8}), "--seed=6"])
+    assert (resolved.config.training.seed, resolved.config.lora.lora_rank) == (6, 8)
+    assert {name: resolved.sources[name] for name in ("seed", "lora_rank", "lora_dropout")} == {
+        "seed": "flag", "lora_rank": "config.json", "lora_dropout": "default",
+    }
+
+
+def test_a_flag_that_train_sh_made_is_traced_to_its_export():
+    environ = {ENV_FILE_MARK: "my-env.sh", "LEARNING_RATE_END": "1e-6", "USE_XFORMERS": "true", "TRAINING_SEED": "3"}
+    flags = [LORA, "--lr_end=1e-6", "--attention_mechanism=xformers", "--seed=4"]
+    sources = load(flags, environ).sources
+    assert sources["lr_end"] == "export LEARNING_RATE_END (my-env.sh)"
+    assert sources["attention_mechanism"] == "export USE_XFORMERS (my-env.sh)"
+    assert sources["seed"] == "flag"
+
+
+def test_the_environment_gives_no_values_to_the_trainer():
+    assert load([LORA], {"LORA_RANK": "7", ENV_FILE_MARK: ""}).config.lora.lora_rank == 32
+
+
+def test_null_is_not_set_and_whole_lines_of_comment_are_skipped(tmp_path):
+    text = '{\n# a comment\n  // another\n"lora_alpha": null, "validation_prompt": "no # comment // here"\n}'
+    config = load([LORA, written(tmp_path, text)]).config
+    assert config.lora.lora_alpha is None
+    assert config.validation.validation_prompt == "no # comment // here"
+
+
+@pytest.mark.parametrize("content, words", [
+    ({"lr_ned": 1}, 'config.json, key "lr_ned": not an option; did you mean lr_end?'),
+    ({"seed": True}, "found true, needs a whole number"),
+    ({"learning_rate": [1]}, "found [1], needs a number"),
+    ({"use_ema": True}, "found true, which is not offered"),
+    ({"config": "x"}, 'key "config": not an option'),
+    ('{"seed": 1, "seed": 2}', 'key "seed" is there twice'),
+    ('{"seed": 1,}', "not JSON: a comma stands before the closing bracket: remove it"),
+    ('"seed": 1', "put { before the first key"),
+    ("[1]", "needs one object"),
+])
+def test_a_wrong_config_file_is_answered_in_words(content, words, tmp_path):
+    problems = problems_of(written(tmp_path, content))
+    assert len(problems) == 1 and words in problems[0]
+
+
+def test_a_missing_config_file_is_named():
+    assert "there is no file /nowhere/config.json" in problems_of("--config=/nowhere/config.json")[0]
+
+
+def test_relative_paths_count_from_the_projects_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load([LORA, "--output_dir=out"]).config.run.output_dir == ROOT / "out"
+
+
+def test_the_saved_options_are_a_config_json_of_the_same_config(tmp_path):
+    first = load([LORA, "--validation_resolution=64,96x64", "--pure_bf16", "--lora_alpha=16", "--resolution=72"])
+    again = load([written(tmp_path, as_json(first)["options"])])
+    assert again.config == first.config
+
+
+def test_the_description_shows_every_option_with_its_source():
+    text = describe(load([LORA, "--lr_end=1e-6"]))
+    assert any(line.startswith("* lr_end") and "1e-06" in line and line.endswith("flag") for line in text.splitlines())
+    assert all(any(line[2:].startswith(f"{name} ") for line in text.splitlines()) for name in ROWS if name != "config")
+
+
+def test_help_lists_every_option_and_ends_with_0(capsys):
+    with pytest.raises(SystemExit) as ended:
+        load(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{name} " in text for name in ROWS)

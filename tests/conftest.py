@@ -1,0 +1,86 @@
+"""A tiny real cascade, a folder of real image files, and the trainer run in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# As train_sd2x.py does, and before anything imports these libraries.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """An untrained stage I pipeline of IF's architecture: a folder as MODEL_NAME takes it."""
+    from examples.demo.make_model import make
+
+    folder = tmp_path_factory.mktemp("model")
+    make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of 14 captioned JPEG and PNG files of odd sizes."""
+    from examples.demo.draw import write
+
+    folder = tmp_path_factory.mktemp("photos")
+    write(folder, "known", 14, seed=3, edges=(80, 300))
+    return folder
+
+
+@pytest.fixture
+def dataloader(tmp_path, photos) -> Path:
+    """A dataloader JSON of one dataset with random crops."""
+    path = tmp_path / "data.json"
+    dataset = {
+        "id": "photos",
+        "instance_data_dir": str(photos),
+        "crop": True,
+        "resolution": 64,
+        "maximum_image_size": 128,
+        "target_downsample_size": 96,
+        "caption_strategy": "textfile",
+    }
+    path.write_text(json.dumps([dataset]), "utf-8")
+    return path
+
+
+@pytest.fixture
+def trainer(tmp_path, tiny_model, dataloader) -> Iterator[Callable[..., int]]:
+    """Run the trainer on the tiny model and the photos; keyword arguments are flags that win. Returns the exit code."""
+    import train_sd2x
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(**flags: object) -> int:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)  # one process, several trainings: accelerate keeps its state for good
+        GradientState._reset_state()
+        values = {
+            "model_type": "deepfloyd-lora",
+            "pretrained_model_name_or_path": tiny_model,
+            "data_backend_config": dataloader,
+            "cache_dir": tmp_path / "cache",
+            "output_dir": tmp_path / "output",
+            "train_batch_size": 2,
+            "max_train_steps": 2,
+            "mixed_precision": "no",
+            "lora_rank": 4,
+            "validation_num_inference_steps": 2,
+            "report_to": "none",
+            **flags,
+        }
+        return train_sd2x.main([f"--{name}={value}" for name, value in values.items() if value is not None])
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,116 @@
+"""The files of the user documents, unmodified: what they say is what the run gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.config.backends import load_backends
+from helpers.config.load import ENV_FILE_MARK, load
+from helpers.sizes import Size
+
+DOCUMENTED = Path(__file__).parent / "fixtures" / "documented"
+
+
+@pytest.fixture
+def backends(tmp_path) -> str:
+    """The documented dataloader JSON with the folder of images replaced by one that exists."""
+    entries = json.loads((DOCUMENTED / "multidatabackend_deepfloyd.json").read_text(encoding="utf-8"))
+    entries[0]["instance_data_dir"] = str(tmp_path)
+    path = tmp_path / "backends.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return str(path)
+
+
+def from_env_file(*flags: str):
+    """The options that the documented env file gives, sourced by a real bash."""
+    script = 'set -a; . "$0" && exec "$PYTHON" -m helpers.config.env "$@"'
+    environ = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        ["bash", "-c", script, str(DOCUMENTED / "sd2x-env.sh"), *flags], env=environ, text=True, capture_output=True,
+        cwd=Path(__file__).parents[1], timeout=60, check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    words = shlex.split(result.stdout)
+    return load(words[words.index("train_sd2x.py") + 1:], {ENV_FILE_MARK: "sd2x-env.sh"})
+
+
+def test_the_env_file_means_what_it_says(backends):
+    config = from_env_file(f"--data_backend_config={backends}").config
+    assert config.training_kind == "lora" and config.family.name == "DeepFloyd IF stage I"
+    assert config.model.pretrained_model_name_or_path == "DeepFloyd/IF-I-M-v1.0"
+    assert (config.optimizer.learning_rate, config.optimizer.lr_end) == (4e-5, 4e-6)
+    assert config.run.output_dir == Path("/training/models/deepfloyd")
+    assert (config.training.max_train_steps, config.training.num_train_epochs) == (50000, 0)
+    assert (config.training.train_batch_size, config.training.gradient_accumulation_steps) == (1, 1)
+    assert (config.data.resolution_type, config.data.resolution) == ("pixel", 64)
+    assert (config.training.mixed_precision, config.training.pure_bf16) == ("bf16", True)
+    assert (config.optimizer.optimizer, config.training.attention_mechanism) == ("adamw_bf16", "xformers")
+
+
+def test_the_env_files_validation_means_what_it_says(backends):
+    validation = from_env_file(f"--data_backend_config={backends}").config.validation
+    assert validation.validation_prompt == "an ethnographic photograph of a teddy bear at a picnic"
+    assert validation.validation_negative_prompt == "blurry, ugly, cropped, amputated"
+    assert validation.validation_resolution == (Size(96, 64),)
+    assert (validation.validation_steps, validation.validation_num_inference_steps) == (250, 25)
+    assert (validation.validation_guidance, validation.validation_guidance_rescale) == (7.5, 0.0)
+    assert validation.validation_seed == 42
+
+
+def test_the_rate_that_the_documents_end_at_is_reached_by_default(backends):
+    assert not from_env_file(f"--data_backend_config={backends}").config.optimizer.lr_scheduler.startswith("constant")
+
+
+@pytest.mark.parametrize("value, sizes", [
+    ("64", [(64, 64)]),
+    ("96x64", [(96, 64)]),
+    ("64,96,64x96,96x64", [(64, 64), (96, 96), (64, 96), (96, 64)]),
+])
+def test_the_documented_validation_sizes(backends, value, sizes):
+    config = from_env_file(f"--data_backend_config={backends}", f"--validation_resolution={value}").config
+    assert list(config.validation.validation_resolution) == sizes
+
+
+def test_the_config_json_means_what_it_says():
+    config = load([f"--config={DOCUMENTED / 'config.json'}"]).config
+    assert config.model.model_type == "deepfloyd-lora"
+    assert config.model.pretrained_model_name_or_path == "DeepFloyd/IF-I-M-v1.0"
+    assert (config.optimizer.learning_rate, config.optimizer.lr_end) == (4e-5, 4e-6)
+    assert (config.data.resolution, config.data.resolution_type) == (64, "pixel")
+
+
+def test_both_front_doors_end_in_the_same_config(backends, tmp_path):
+    exports = from_env_file(f"--data_backend_config={backends}")
+    door = json.loads("\n".join(
+        line for line in (DOCUMENTED / "config.json").read_text(encoding="utf-8").splitlines() if line[:1] != "#"
+    ))
+    door |= {
+        "data_backend_config": backends, "output_dir": "/training/models/deepfloyd", "max_train_steps": 50000,
+        "num_train_epochs": 0, "train_batch_size": 1, "resolution": 64, "resolution_type": "pixel",
+        "validation_resolution": "96x64", "validation_negative_prompt": "blurry, ugly, cropped, amputated",
+        "validation_prompt": "an ethnographic photograph of a teddy bear at a picnic", "mixed_precision": "bf16",
+        "pure_bf16": True, "optimizer": "adamw_bf16", "attention_mechanism": "xformers",
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(door), encoding="utf-8")
+    assert load([f"--config={path}"]).config == exports.config
+
+
+def test_the_dataloader_json_means_what_it_says(backends, tmp_path):
+    config = load(["--model_type=deepfloyd-lora"]).config
+    (image,), (text,) = (loaded := load_backends(Path(backends), config)).images, loaded.text_embeds
+    assert (image.id, image.instance_data_dir, image.repeats) == ("primary-dataset", tmp_path, 1)
+    assert (image.crop, image.crop_aspect, image.crop_style) == (True, "square", "random")
+    assert (image.resolution, image.resolution_type) == (64, "pixel")
+    assert (image.minimum_image_size, image.maximum_image_size, image.target_downsample_size) == (64, 256, 128)
+    assert (image.caption_strategy, image.prepend_instance_prompt) == ("instanceprompt", False)
+    assert image.instance_prompt == "Your Subject Trigger Phrase or Word"
+    assert text.cache_dir == Path("/training/cache/deepfloyd/text/dreambooth")
+    assert loaded.text_embeds_of(image) == text

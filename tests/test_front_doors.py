@@ -1,0 +1,111 @@
+"""Every option means the same as an export, as a flag and as a key of config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.config.env import flags_from_exports
+from helpers.config.load import as_json, load
+from helpers.config.options import ROWS
+
+# A value other than the default for each option, as a shell and as JSON would hold it, and what it needs beside it.
+VALUES = {
+    "model_type": ("deepfloyd-full", "deepfloyd-full"),
+    "model_family": ("deepfloyd", "deepfloyd"),
+    "model_flavour": ("i-large-900m", "i-large-900m"),
+    "pretrained_model_name_or_path": ("someone/their-if", "someone/their-if"),
+    "revision": ("main", "main"),
+    "variant": ("fp16", "fp16"),
+    "data_backend_config": ("my data.json", "my data.json"),
+    "cache_dir": ("/tmp/c", "/tmp/c"),
+    "resolution": ("72", 72),
+    "resolution_type": ("area", "area"),
+    "minimum_image_size": ("48", 48),
+    "maximum_image_size": ("512", 512.0),
+    "target_downsample_size": ("96", 96),
+    "aspect_bucket_rounding": ("3", 3),
+    "downsample_method": ("single", "single"),
+    "caption_strategy": ("textfile", "textfile"),
+    "instance_prompt": ("a $5 \"bill\"", "a $5 \"bill\""),
+    "caption_dropout_probability": ("0.2", 0.2),
+    "text_encoder_batch_size": ("2", 2),
+    "train_batch_size": ("1", 1),
+    "gradient_accumulation_steps": ("2", 2),
+    "max_train_steps": ("10", 10),
+    "num_train_epochs": ("3", 3),
+    "max_grad_norm": ("0", 0),
+    "gradient_checkpointing": ("yes", True),
+    "mixed_precision": ("no", "no"),
+    "pure_bf16": ("TRUE", True),
+    "attention_mechanism": ("xformers", "xformers"),
+    "seed": ("7", 7),
+    "allow_tf32": ("0", False),
+    "lora_rank": ("8", 8),
+    "lora_alpha": ("4", 4),
+    "lora_dropout": ("0.1", 0.1),
+    "lora_targets": ("attention+conv", "attention+conv"),
+    "optimizer": ("adamw_bf16", "adamw_bf16"),
+    "learning_rate": ("1e-4", 1e-4),
+    "lr_end": ("4e-6", 4e-6),
+    "lr_scheduler": ("sine", "sine"),
+    "lr_warmup_steps": ("5", 5),
+    "lr_power": ("2", 2.0),
+    "adam_beta1": ("0.8", 0.8),
+    "adam_beta2": ("0.99", 0.99),
+    "adam_epsilon": ("1e-6", 1e-6),
+    "adam_weight_decay": ("0", 0.0),
+    "validation_prompt": ("a müde fox\nin 'snow'", "a müde fox\nin 'snow'"),
+    "validation_prompt_library": ("PROMPTS", "PROMPTS"),
+    "validation_negative_prompt": ("blurry, ugly", "blurry, ugly"),
+    "validation_resolution": ("64, 96x64", [64, "96x64"]),
+    "validation_steps": ("0", 0),
+    "validation_num_inference_steps": ("5", 5),
+    "validation_guidance": ("1", 1),
+    "validation_guidance_rescale": ("0.0", 0),
+    "validation_seed": ("1", 1),
+    "output_dir": ("~/out", "~/out"),
+    "checkpointing_steps": ("100", 100),
+    "checkpoints_total_limit": ("0", 0),
+    "resume_from_checkpoint": ("checkpoint-100", "checkpoint-100"),
+    "report_to": ("none", "none"),
+    "tracker_project_name": ("mine", "mine"),
+    "tracker_run_name": ("first", "first"),
+    "dry_run": ("on", True),
+}
+SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
+BASE = {"model_type": "deepfloyd-lora"}
+
+
+def test_every_option_is_tried():
+    assert set(VALUES) == set(ROWS) - {"config"}
+
+
+@pytest.mark.parametrize("name", list(VALUES))
+def test_an_export_a_flag_and_a_key_give_the_same_config(name, tmp_path):
+    library = tmp_path / "prompts.json"
+    library.write_text('{"fox": "a fox"}', encoding="utf-8")
+    text, value = (str(library), str(library)) if name == "validation_prompt_library" else VALUES[name]
+    base = [f"--{key}={base}" for key, base in BASE.items() if key != name]
+    if (name, value) == ("resolution_type", "area"):
+        base.append("--resolution=0.01")
+    by_flag = load([*base, f"--{name}={text}"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({name: value}), encoding="utf-8")
+    by_key = load([*base, f"--config={path}"])
+    assert by_key.config == by_flag.config
+    assert (by_flag.sources[name], by_key.sources[name]) == ("flag", "config.json")
+    for export in ROWS[name].exports:
+        problems: list[str] = []
+        flags = flags_from_exports({export: text}, base, problems)
+        assert not problems and load([*flags, *base]).config == by_flag.config
+    if name not in SAME_AS_DEFAULT:
+        default = load(["--model_type=deepfloyd-lora"])
+        assert as_json(by_flag)["options"][name] != as_json(default)["options"][name], "the value must arrive"
+
+
+def test_the_config_holds_the_value_under_its_groups_name():
+    config = load(["--model_type=deepfloyd-lora", "--lr_end=4e-6", "--output_dir=/tmp/out"]).config
+    assert config.optimizer.lr_end == 4e-6 and config.run.output_dir == Path("/tmp/out")

@@ -1,0 +1,214 @@
+"""Whole runs on the tiny cascade: what comes out, what is the same after a restart, what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, IFPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from helpers.training import checkpoints
+
+ROOT = Path(__file__).parent.parent
+ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def state_of(output: Path, step: int) -> tuple[dict, dict]:
+    folder = output / f"checkpoint-{step}"
+    return load_file(folder / ADAPTER), checkpoints.load_state(folder)["run"]
+
+
+def assert_equal(left: object, right: object) -> None:
+    """Bit for bit, through nested states."""
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_equal(left[key], right[key])
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for pair in zip(left, right):
+            assert_equal(*pair)
+    else:
+        assert left == right
+
+
+def test_a_lora_comes_out_that_diffusers_loads_completely(trainer, tmp_path, tiny_model):
+    assert trainer(learning_rate=1e-2, lora_alpha=8, validation_prompt="a red circle") == 0
+    output = tmp_path / "output"
+    trained = load_file(output / ADAPTER)
+    assert any("add_k_proj" in name for name in trained)
+    assert all(tensor.abs().sum() > 0 for name, tensor in trained.items() if "lora_B" in name)
+    pipeline = IFPipeline.from_pretrained(tiny_model, safety_checker=None, requires_safety_checker=False)
+    pipeline.load_lora_weights(output)
+    loaded = {name: p for name, p in pipeline.unet.named_parameters() if "lora_" in name}
+    assert len(loaded) == len(trained)
+    config = next(iter(pipeline.unet.peft_config.values()))
+    assert (config.r, config.lora_alpha) == (4, 8)
+    assert json.loads((output / "run.json").read_text())["options"]["lora_alpha"] == 8
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"lora_dropout": 0.3, "gradient_accumulation_steps": 2, "lora_targets": "attention+conv"},
+        {"mixed_precision": "bf16", "pure_bf16": True, "optimizer": "adamw_bf16", "lr_warmup_steps": 1},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_grad_norm": 0},
+    ],
+    ids=["fp32", "pure bf16", "mixed bf16"],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(trainer, tmp_path, flags):
+    common = {"learning_rate": 1e-3, "checkpointing_steps": 5, "caption_dropout_probability": 0.3, **flags}
+    # 14 images in batches of 2: ten steps go over the end of an epoch.
+    assert trainer(output_dir=tmp_path / "whole", max_train_steps=10, **common) == 0
+    assert trainer(output_dir=tmp_path / "parts", max_train_steps=10, **common) == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-10")
+    assert trainer(output_dir=tmp_path / "parts", max_train_steps=10, **common) == 0
+    assert_equal(state_of(tmp_path / "whole", 10), state_of(tmp_path / "parts", 10))
+    assert_equal(load_file(tmp_path / "whole" / ADAPTER), load_file(tmp_path / "parts" / ADAPTER))
+
+
+def test_validation_does_not_touch_the_training(trainer, tmp_path):
+    assert trainer(output_dir=tmp_path / "with", validation_steps=1, validation_prompt="a cat", lora_dropout=0.2) == 0
+    assert trainer(output_dir=tmp_path / "without", validation_prompt=None, lora_dropout=0.2) == 0
+    assert_equal(state_of(tmp_path / "with", 2), state_of(tmp_path / "without", 2))
+
+
+def test_validation_gives_each_prompt_at_each_size_its_own_file_at_start_middle_and_end(trainer, tmp_path):
+    library = tmp_path / "prompts.json"
+    library.write_text(json.dumps({"Dog!": "a photo of a dog"}))
+    sizes = "64,96,64x96,96x64"
+    flags = {"validation_prompt": "a red circle", "validation_prompt_library": library, "max_train_steps": 2}
+    assert trainer(**flags, validation_resolution=sizes, validation_steps=1) == 0
+    images = tmp_path / "output" / "validation_images"
+    expected = {f"{name}_{size}" for name in ("a_red_circle", "dog") for size in ("64x64", "96x96", "64x96", "96x64")}
+    for step in (0, 1, 2):
+        found = {path.stem: Image.open(path).size for path in (images / f"step_{step}").glob("*_*.png")}
+        assert found.keys() == expected
+        assert all(name.endswith(f"_{width}x{height}") for name, (width, height) in found.items())
+        assert (images / f"step_{step}" / "sheet.png").exists()
+    assert (images / "before_and_after.png").exists()
+
+
+def test_validation_is_the_same_picture_for_the_same_weights_and_another_for_another_seed(trainer, tmp_path):
+    name = "validation_images/step_0/a_cat_64x64.png"
+    pictures = []
+    for folder, seed in (("one", 1), ("two", 1), ("three", 2)):
+        trainer(output_dir=tmp_path / folder, validation_prompt="a cat", validation_seed=seed, max_train_steps=1)
+        pictures.append((tmp_path / folder / name).read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_full_tuning_writes_a_pipeline_that_diffusers_loads(trainer, tmp_path, tiny_model):
+    assert trainer(model_type="deepfloyd-full", learning_rate=1e-3, lora_rank=None) == 0
+    tuned = DiffusionPipeline.from_pretrained(tmp_path / "output" / "pipeline")
+    base = DiffusionPipeline.from_pretrained(tiny_model)
+    assert type(tuned) is IFPipeline
+    assert tuned.scheduler.config.variance_type == "learned_range"
+    moved = [not torch.equal(a, b) for a, b in zip(tuned.unet.parameters(), base.unet.parameters())]
+    assert sum(moved) > 0.95 * len(moved)
+    assert_equal(tuned.text_encoder.state_dict(), base.text_encoder.state_dict())
+    assert tuned.tokenizer("a red circle").input_ids == base.tokenizer("a red circle").input_ids
+
+
+def test_full_tuning_resumes_bit_for_bit(trainer, tmp_path):
+    common = {"model_type": "deepfloyd-full", "lora_rank": None, "checkpointing_steps": 2, "learning_rate": 1e-3}
+    assert trainer(output_dir=tmp_path / "whole", max_train_steps=4, **common) == 0
+    assert trainer(output_dir=tmp_path / "parts", max_train_steps=4, **common) == 0
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    assert trainer(output_dir=tmp_path / "parts", max_train_steps=4, **common) == 0
+    weights = "checkpoint-4/unet/diffusion_pytorch_model.safetensors"
+    assert_equal(load_file(tmp_path / "whole" / weights), load_file(tmp_path / "parts" / weights))
+
+
+def test_the_second_run_encodes_and_decodes_nothing(trainer, tmp_path, capfd):
+    trainer(output_dir=tmp_path / "one")
+    first = capfd.readouterr()
+    assert "captions to encode" in first.err + first.out and "decoding images" in first.err
+    trainer(output_dir=tmp_path / "two")
+    second = capfd.readouterr()
+    assert "captions to encode" not in second.err + second.out and "decoding images" not in second.err
+
+
+def test_training_learns(trainer, tmp_path, capfd):
+    """On a handful of images the loss at the end is well below the loss at the start."""
+    flags = {"model_type": "deepfloyd-full", "lora_rank": None, "learning_rate": 2e-3, "max_train_steps": 60}
+    assert trainer(**flags, train_batch_size=8, report_to="tensorboard") == 0
+    losses = scalars(tmp_path / "output" / "logs", "train/loss")
+    assert len(losses) == 60
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+
+
+def scalars(folder: Path, tag: str) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [events] = [path for path in folder.rglob("events.out*") if path.parent.name == "floydtuner"]
+    accumulator = EventAccumulator(str(events)).Reload()
+    return [scalar.value for scalar in accumulator.Scalars(tag)]
+
+
+def test_dry_run_plans_and_writes_nothing(trainer, tmp_path, capsys):
+    assert trainer(dry_run=True) == 0
+    text = capsys.readouterr().out
+    assert "14 images used" in text and "7 batches an epoch; 2 steps" in text
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"pretrained_model_name_or_path": "/nowhere/model"}, ["MODEL_NAME", "/nowhere/model"]),
+        ({"pretrained_model_name_or_path": "someone/model"}, ["MODEL_NAME", "hf auth login", "export MODEL_NAME="]),
+        ({"output_dir": "/proc/output"}, ["OUTPUT_DIR", "/proc/output"]),
+        ({"resume_from_checkpoint": "checkpoint-7"}, ["RESUME_CHECKPOINT", "checkpoint-7"]),
+        ({"resolution": 60}, ["RESOLUTION", "56 or 64"]),
+        ({"validation_resolution": "100"}, ["VALIDATION_RESOLUTION", "96 or 104"]),
+        ({"validation_resolution": "1024"}, ["VALIDATION_RESOLUTION", "256"]),
+        ({"optimizer": "adamw", "mixed_precision": "bf16", "pure_bf16": True}, ["OPTIMIZER", "adamw_bf16"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_in_words_before_anything_is_written(trainer, tmp_path, capsys, flags, words):
+    assert trainer(**flags) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "output").exists()
+
+
+def test_another_runs_checkpoint_is_refused_by_the_options_that_differ(trainer, tmp_path, capsys):
+    assert trainer() == 0
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "output").rglob("*"))
+    assert trainer(lora_rank=8, max_train_steps=4) == 2
+    assert "--lora_rank was 4 and is now 8" in capsys.readouterr().err
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "output").rglob("*")) == before
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
+    tmp_path, tiny_model, dataloader, number, code
+):
+    command = [sys.executable, "train_sd2x.py", "--model_type=deepfloyd-lora", "--max_train_steps=100000"]
+    command += [f"--pretrained_model_name_or_path={tiny_model}", f"--data_backend_config={dataloader}"]
+    command += [f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'output'}", "--report_to=none"]
+    errors = tmp_path / "errors"
+    with errors.open("wb") as sink:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=sink, env=dict(os.environ))
+        while "loss" not in errors.read_text(errors="replace"):
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    [checkpoint] = checkpoints.found(tmp_path / "output")
+    text = errors.read_text()
+    assert f"saved at step {checkpoint.name.removeprefix('checkpoint-')}" in text
+    assert "--resume_from_checkpoint=latest" in text

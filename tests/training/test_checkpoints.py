@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.training import checkpoints
+from helpers.training.checkpoints import CheckpointError
+
+STATE = {
+    "identity": {"lora_rank": 4, "model_type": "deepfloyd-lora"},
+    "run": {"step": 3, "rates": (1e-5, 0.1), "state": {0: {"exp_avg": torch.arange(4.0), "kahan": None}}, "empty": []},
+}
+
+
+class NoWeights:
+    """Saves nothing, so that only the folder's handling is looked at."""
+
+    def save_weights(self, unet, folder):
+        (folder / "weights").write_text("w")
+
+
+def save(output: Path, step: int, keep: int = 0, state=STATE) -> Path:
+    return checkpoints.save(output, step, NoWeights(), None, state, keep)
+
+
+def test_state_comes_back_as_it_was(tmp_path):
+    found = checkpoints.load_state(save(tmp_path, 3))
+    assert found["identity"] == STATE["identity"]
+    assert found["run"]["rates"] == (1e-5, 0.1) and isinstance(found["run"]["rates"], tuple)
+    assert found["run"]["state"][0]["kahan"] is None
+    assert torch.equal(found["run"]["state"][0]["exp_avg"], torch.arange(4.0))
+
+
+def test_the_newest_ones_are_kept_in_order_of_steps_not_of_names(tmp_path):
+    for step in (2, 9, 10, 100):
+        save(tmp_path, step, keep=2)
+    assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    assert checkpoints.choose(tmp_path, "latest").name == "checkpoint-100"
+    assert checkpoints.choose(tmp_path, "checkpoint-10").name == "checkpoint-10"
+
+
+def test_a_checkpoint_that_was_not_finished_is_no_checkpoint(tmp_path):
+    save(tmp_path, 5)
+    (tmp_path / ".checkpoint-6.partial").mkdir()
+    assert checkpoints.choose(tmp_path, "latest").name == "checkpoint-5"
+
+
+def test_an_old_checkpoint_goes_only_when_the_new_one_is_there(tmp_path):
+    save(tmp_path, 5, keep=1)
+    unsaveable = {"run": object()}
+    with pytest.raises(TypeError):
+        save(tmp_path, 6, keep=1, state=unsaveable)
+    assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-5"]
+
+
+def test_the_same_step_can_be_saved_again(tmp_path):
+    save(tmp_path, 5)
+    again = save(tmp_path, 5, state={**STATE, "run": {"step": 5}})
+    assert checkpoints.load_state(again)["run"] == {"step": 5}
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_starting_anew_over_checkpoints_is_refused_with_both_ways_out(tmp_path):
+    save(tmp_path, 5)
+    with pytest.raises(CheckpointError, match="RESUME_CHECKPOINT.*checkpoint-5.*latest.*OUTPUT_DIR"):
+        checkpoints.choose(tmp_path, "none")
+    with pytest.raises(CheckpointError, match="checkpoint-7.*It has: checkpoint-5"):
+        checkpoints.choose(tmp_path, "checkpoint-7")
+
+
+def test_without_checkpoints_latest_and_none_start_anew(tmp_path):
+    assert checkpoints.choose(tmp_path / "absent", "latest") is None
+    assert checkpoints.choose(tmp_path, "none") is None
+
+
+def test_other_settings_are_refused_by_name_with_both_values(tmp_path):
+    folder = save(tmp_path, 5)
+    checkpoints.require_same(folder, STATE["identity"])
+    with pytest.raises(CheckpointError, match="--lora_rank was 4 and is now 8"):
+        checkpoints.require_same(folder, {**STATE["identity"], "lora_rank": 8})
