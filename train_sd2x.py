@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         backends = load_backends(resolved.config.data.data_backend_config, resolved.config)
     except ConfigError as error:
         return _refuse(error)
-    print(describe(resolved), flush=True)
+    print(describe(resolved, everything=resolved.config.run.dry_run), flush=True)
     # Only now, since these imports take seconds, which a mistyped option need not wait for.
     from helpers import trainer
 

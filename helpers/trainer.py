@@ -73,17 +73,18 @@ def train(resolved: Resolved, backends: Backends) -> int:
     spec = SPECS[config.family.key]
     job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config, spec), _prompts(config))
     datasets = _plan_data(job)
-    model = loading.fetch_configs(config.model.pretrained_model_name_or_path, config.model.revision)
-    loading.check(config.family, spec, model)
     checkpoint = _checkpoint(job)
+    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    if config.run.dry_run and not Path(name).is_dir():
+        print(f"Dry run: nothing was downloaded or trained. The weights of {name} on the hub were not looked at.")
+        return 0
+    loading.check(config.family, spec, loading.fetch_configs(name, revision))
     if config.run.dry_run:
-        print("Dry run: nothing was trained.")
+        print("Dry run: nothing was trained. The options, the data and the weights fit together.")
         return 0
     _open_output(job, datasets)
     accelerator = assembly.create_accelerator(config)
-    model = loading.fetch_weights(
-        config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant
-    )
+    model = loading.fetch_weights(name, revision, config.model.variant)
     texts = _cache_texts(job, datasets, model, accelerator)
     datasets, pixels = _cache_pixels(job, datasets)
     sampler = _sampler(config, datasets)

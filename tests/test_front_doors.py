@@ -53,6 +53,7 @@ VALUES = {
     "lr_scheduler": ("sine", "sine"),
     "lr_warmup_steps": ("5", 5),
     "lr_power": ("2", 2.0),
+    "lr_num_cycles": ("2", 2.0),
     "adam_beta1": ("0.8", 0.8),
     "adam_beta2": ("0.99", 0.99),
     "adam_epsilon": ("1e-6", 1e-6),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from helpers.config.checks import BF16_BETA2
 from helpers.config.checks import problems as problems_between
 from helpers.config.docs import help_text
 from helpers.config.families import Contradiction, Model, resolve
@@ -179,13 +180,14 @@ def _completed(config: Config, given: set[str], model: Model) -> Config:
         name: getattr(model.family, name) for name, row in ROWS.items() if row.by_family and name not in given
     }
     epochs = 0 if config.training.max_train_steps else DEFAULT_EPOCHS
-    optimizer = "adamw_bf16" if config.training.pure_bf16 else "adamw"
+    optimizer = config.optimizer.optimizer or ("adamw_bf16" if config.training.pure_bf16 else "adamw")
+    beta2 = config.optimizer.adam_beta2 or (BF16_BETA2 if optimizer == "adamw_bf16" else 0.999)
     filled = {
         "model": _model_values(model),
         "data": {name: value for name, value in by_family.items() if ROWS[name].group == "data"},
         "validation": {name: value for name, value in by_family.items() if ROWS[name].group == "validation"},
         "training": {} if "num_train_epochs" in given else {"num_train_epochs": epochs},
-        "optimizer": {} if "optimizer" in given else {"optimizer": optimizer},
+        "optimizer": {"optimizer": optimizer, "adam_beta2": beta2},
     }
     return config.model_copy(update={
         group: getattr(config, group).model_copy(update=values) for group, values in filled.items()
@@ -271,13 +273,19 @@ def as_json(resolved: Resolved) -> dict[str, Any]:
     return {"options": options, "sources": dict(resolved.sources)}
 
 
-def describe(resolved: Resolved) -> str:
-    """The resolved options as text, one a line with its source, those that someone set marked by a star."""
+def describe(resolved: Resolved, everything: bool = True) -> str:
+    """The resolved options as text, one a line with its source, those that someone set marked by a star.
+
+    Args:
+        everything: also those that have their default.
+    """
     content = as_json(resolved)
     lines = []
     for group in GROUPS:
-        lines.append(f"[{group}]")
-        for name in (name for name, row in _rows_of_config() if row.group == group):
+        names = [name for name, row in _rows_of_config() if row.group == group]
+        shown = [name for name in names if everything or content["sources"][name] != "default"]
+        lines += [f"[{group}]"] if shown else []
+        for name in shown:
             source = content["sources"][name]
             value = "-" if content["options"][name] is None else found(content["options"][name])
             lines.append(f"{' ' if source == 'default' else '*'} {name:32} {value:40} {source}")

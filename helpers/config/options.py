@@ -202,8 +202,10 @@ class OptimizerOptions(Group):
         "cosine", export="LR_SCHEDULE", help="How the learning rate goes from learning_rate to lr_end.")
     lr_warmup_steps: Whole = option(0, ge=0, unit="steps", help="Steps in which the learning rate rises from 0.")
     lr_power: Real = option(1.0, gt=0, help="Power of the polynomial schedule.")
+    lr_num_cycles: Real = option(1.0, gt=0, unit="cycles", help="Waves of the sine schedule over the whole run.")
     adam_beta1: Real = option(0.9, ge=0, lt=1, help="Decay of the mean of gradients.")
-    adam_beta2: Real = option(0.999, ge=0, lt=1, help="Decay of the mean of squared gradients.")
+    adam_beta2: Real = option(
+        ge=0, lt=1, default_words="0.99 with adamw_bf16, else 0.999", help="Decay of the mean of squared gradients.")
     adam_epsilon: Real = option(1e-8, gt=0, help="Added to the denominator.")
     adam_weight_decay: Real = option(0.01, ge=0, help="Decoupled weight decay.")
 

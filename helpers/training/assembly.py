@@ -103,6 +103,7 @@ def learning_rate_of(optimizer: OptimizerOptions, steps: int) -> LearningRate:
         warmup_steps=optimizer.lr_warmup_steps,
         total_steps=steps,
         power=optimizer.lr_power,
+        cycles=optimizer.lr_num_cycles,
     )
 
 

@@ -73,7 +73,8 @@ def test_a_second_build_encodes_only_what_is_new(tmp_path):
 
 def test_batches_hold_texts_of_like_length_the_longest_first(tmp_path):
     encoder = Encoder()
-    built(tmp_path, [letter * length for letter, length in zip("abcdefg", (3, 9, 1, 7, 2, 8, 5))], encoder, batch_size=3)
+    texts = [letter * length for letter, length in zip("abcdefg", (3, 9, 1, 7, 2, 8, 5))]
+    built(tmp_path, texts, encoder, batch_size=3)
     assert [[len(text) for text in batch] for batch in encoder.batches] == [[9, 8, 7], [5, 3, 2], [1]]
 
 
@@ -145,6 +146,7 @@ def test_a_damaged_shard_is_announced_and_encoded_again(tmp_path, capsys):
 
 
 def test_count_size_and_time_are_told_first(tmp_path, capsys):
-    built(tmp_path, [f"caption {number}" for number in range(1200)], lambda texts: torch.zeros(len(texts), 77, 16).bfloat16())
+    texts = [f"caption {number}" for number in range(1200)]
+    built(tmp_path, texts, lambda batch: torch.zeros(len(batch), 77, 16).bfloat16())
     first, second = capsys.readouterr().out.splitlines()
     assert "1,200 captions" in first and "3.0 MB" in second and "about 00:0" in second

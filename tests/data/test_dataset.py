@@ -5,8 +5,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-
 from helpers.config.backends import AspectBucket, ImageBackend
 from helpers.data.dataset import Dataset, plan_dataset, plan_images, rules_for
 from helpers.data.sampler import Sampler
@@ -52,7 +50,8 @@ def test_every_key_of_an_entry_reaches_the_rules(tmp_path):
 
 
 def test_aspects_reach_the_rules_with_their_weights(tmp_path):
-    entry = backend(tmp_path, resolution=64, crop_aspect="random", crop_aspect_buckets=[1.0, {"aspect": 0.5, "weight": 3}])
+    aspects = [1.0, {"aspect": 0.5, "weight": 3}]
+    entry = backend(tmp_path, resolution=64, crop_aspect="random", crop_aspect_buckets=aspects)
     assert entry.crop_aspect_buckets == (AspectBucket(1.0, 1.0), AspectBucket(0.5, 3.0))
     assert rules_for(entry, 8).crop_aspect_buckets == ((1.0, 1.0), (0.5, 3.0))
 

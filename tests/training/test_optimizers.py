@@ -3,7 +3,7 @@ import torch
 
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
 
-ADAM = AdamSettings(beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0)
+ADAM = AdamSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.0)
 STEPS = 1000
 
 
@@ -29,6 +29,11 @@ def kept(name: str, dtype: torch.dtype, lr: float) -> float:
 @pytest.mark.parametrize("lr", [1e-6, 1e-5, 4e-5, 1e-4])
 def test_adamw_bf16_keeps_99_percent_of_the_intended_movement(lr):
     assert kept("adamw_bf16", torch.bfloat16, lr) == pytest.approx(1, abs=0.01)
+
+
+def test_a_slower_second_moment_loses_movement_in_bfloat16_which_is_why_it_is_refused(monkeypatch):
+    monkeypatch.setitem(globals(), "ADAM", AdamSettings(0.9, 0.999, 1e-8, 0.0))
+    assert kept("adamw_bf16", torch.bfloat16, 1e-5) < 0.97
 
 
 def test_plain_adamw_loses_movement_in_bfloat16_which_is_why_that_pairing_is_refused():
