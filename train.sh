@@ -25,6 +25,11 @@ refuse() {
     exit 2
 }
 
+# What was typed, for the trainer to say how an interrupted run goes on.
+typed=./train.sh
+[ $# -eq 0 ] || typed=$typed$(printf ' %q' "$@")
+[ -z "${ENV_FILE:-}" ] || typed="ENV_FILE=$(printf %q "$ENV_FILE") $typed"
+
 # Which files to read.
 env_file=${ENV_FILE:-}
 if [ "${1:-}" = --demo ]; then
@@ -91,7 +96,7 @@ fi
 need_python || exit
 line=$(FLOYDTUNER_OUTER=$outer "$PYTHON" -m helpers.config.env ${flags[@]+"${flags[@]}"}) || exit
 printf '\n%s\n\n' "$line" >&2
-export FLOYDTUNER_ENV_FILE=$env_file
+export FLOYDTUNER_ENV_FILE=$env_file FLOYDTUNER_COMMAND=$typed
 eval "set -- $line"
 # The trainer takes this shell's place: its exit code and its signals are those of the run.
 exec "$@"

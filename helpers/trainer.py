@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from helpers.caching.pixels import PixelCache
 from helpers.config.backends import Backends
-from helpers.config.load import ENV_FILE_MARK, Resolved, as_json, read_prompt_library
+from helpers.config.load import Resolved, as_json, read_prompt_library
 from helpers.config.options import Config
 from helpers.config.problems import ConfigError
 from helpers.data import preparation
@@ -42,6 +42,9 @@ from helpers.validation.render import Validation, before_and_after
 
 REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError)
 """What the user's input can be wrong in: each says in words what to change."""
+
+COMMAND_MARK = "FLOYDTUNER_COMMAND"
+"""Set by train.sh to the command that its user typed."""
 
 REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")
 
@@ -114,7 +117,8 @@ def _plan_data(job: Job) -> list[Dataset]:
     for backend in job.backends.images:
         dataset, notes = preparation.scan_and_plan(backend, job.config.family.alignment)
         datasets.append(dataset)
-        print(*notes, sep="\n", end="\n" if notes else "")
+        for note in [*notes, *preparation.caption_notes(dataset, job.spec.text)]:
+            print(note)
     sampler = _sampler(job.config, datasets)
     for dataset, batches in zip(datasets, sampler.batches_by_dataset(0).values()):
         print(dataset.report(batches).describe())
@@ -259,10 +263,8 @@ def _stop_on_signals(run: Run) -> None:
 
 
 def _resume_command() -> str:
-    env_file = os.environ.get(ENV_FILE_MARK)
-    arguments = shlex.join(sys.argv[1:])
-    start = f"{shlex.quote(sys.executable)} train_sd2x.py {arguments}" if env_file is None else "./train.sh"
-    return f"{start} --resume_from_checkpoint=latest"
+    typed = os.environ.get(COMMAND_MARK) or f"{shlex.quote(sys.executable)} {shlex.join(sys.argv)}"
+    return f"{typed} --resume_from_checkpoint=latest"
 
 
 def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> None:

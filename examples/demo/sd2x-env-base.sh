@@ -9,7 +9,7 @@ export RESOLUTION=64
 export RESOLUTION_TYPE="pixel"
 export CAPTION_STRATEGY="textfile"
 export TRAIN_BATCH_SIZE=16
-export MAX_NUM_STEPS=4500
+export MAX_NUM_STEPS=3000
 
 export LEARNING_RATE=2e-3
 export LEARNING_RATE_END=0

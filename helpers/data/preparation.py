@@ -5,14 +5,17 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache
+from helpers.captions.cleaning import erased_words
 from helpers.config.backends import Backends, ImageBackend
 from helpers.data.collate import Source
 from helpers.data.dataset import Dataset, plan_dataset
@@ -20,6 +23,8 @@ from helpers.data.scan import Captions, scan
 from helpers.models.text import T5
 
 NULL_CAPTION = ""
+NAMED = 5
+"""How many words or captions a note gives as examples."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,42 @@ def scan_and_plan(backend: ImageBackend, alignment: int) -> tuple[Dataset, tuple
         backend.prepend_instance_prompt,
         backend.only_instance_prompt,
     )
-    found = scan(backend.id, backend.instance_data_dir, backend.cache_dir / f"scan-{folder}.jsonl", captions)
+    index = backend.cache_dir / f"scan-{folder}.jsonl"
+    with tqdm(desc=f"scanning {backend.id}", unit="file", leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = scan(backend.id, backend.instance_data_dir, index, captions, on_progress=show)
     return plan_dataset(backend, found, alignment), found.notes
+
+
+def caption_notes(dataset: Dataset, text: T5) -> list[str]:
+    """What the text side makes of a dataset's captions that its user should know before training."""
+    empty: list[str] = []
+    erased: Counter[str] = Counter()
+    for caption in dataset.captions():
+        prepared = text.prepare(caption)
+        if not prepared:
+            empty.append(caption)
+        erased.update(erased_words(caption, prepared))
+    notes = []
+    if empty:
+        notes.append(
+            f"dataset {dataset.id!r}: {len(empty):,} captions are empty once cleaned as the model was trained, and so"
+            f" train as the empty prompt: {_listed(empty)}. Write them in Latin letters."
+        )
+    if erased:
+        notes.append(
+            f"dataset {dataset.id!r}: cleaning, as the model was trained, erases words that the model will therefore not"
+            f" learn: {_listed([word for word, _ in erased.most_common()])}. A trigger word of plain letters stays."
+        )
+    return notes
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(map(repr, words[:NAMED])) + (", ..." if len(words) > NAMED else "")
 
 
 def cache_pixels(dataset: Dataset, backend: ImageBackend) -> tuple[Dataset, PixelCache]:

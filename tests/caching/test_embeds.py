@@ -82,7 +82,7 @@ def test_batches_hold_texts_of_like_length_the_longest_first(tmp_path):
 def test_two_encoders_that_share_a_folder_do_not_mix(tmp_path, part):
     built(tmp_path, ["a"])
     other = EmbedCache(tmp_path, {**FINGERPRINT, part: "another"})
-    assert other.missing(["a"]) == ["a"]
+    assert other.missing(["a"]) == ["a"] and other.store.foreign == ()  # nor is its folder checked for nothing
     other.build(["a"], Encoder(width=4), len, 1)
     assert other.read(["a"]).shape == (1, 77, 4)
     assert EmbedCache(tmp_path, FINGERPRINT).read(["a"]).shape == (1, 77, 16)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from helpers.captions.cleaning import clean
+from helpers.captions.cleaning import clean, erased_words
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,18 @@ def test_without_its_libraries_cleaning_fails_instead_of_doing_half(monkeypatch:
 def test_importing_the_module_does_not_import_diffusers() -> None:
     code = "import helpers.captions.cleaning, sys; sys.exit('diffusers' in sys.modules or 'torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "caption, erased",
+    [
+        ("a photo of a dog, 3 years old", set()),
+        ("a photo of sks01 dog", set()),
+        ("jc6640", {"jc6640"}),
+        ("my_dog_v2.png", {"my_dog_v2", "png"}),
+        ("写真の犬", {"写真の犬"}),
+        ("a <b>bold</b> cat @someone https://example.org/cat", set()),
+    ],
+)
+def test_words_that_cleaning_erases_are_named(caption, erased):
+    assert erased_words(caption, clean(caption)) == erased

@@ -1,0 +1,67 @@
+"""A run on random weights and a batch that never changes, for measuring the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from helpers.data.collate import Batch
+from helpers.data.sampler import Position
+from helpers.diffusion.noising import schedule_from_betas
+from helpers.diffusion.objective import EpsilonObjective
+from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.families import SPECS
+from helpers.models.loading import Parts
+from helpers.training.loop import Run
+from helpers.training.optimizers import OPTIMIZERS, AdamSettings
+from helpers.training.schedules import LearningRate
+
+SPEC = SPECS["deepfloyd-i"]
+ADAM = AdamSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.01)
+LEARNING_RATE = 1e-5
+
+
+def random_parts(architecture: Path, scheduler: Path, dtype: torch.dtype, device: torch.device) -> Parts:
+    """A model of this architecture (a UNet's config.json) with random weights, made on the device in its dtype."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(architecture))
+    finally:
+        torch.set_default_dtype(default)
+    schedule = schedule_from_betas(DDPMScheduler.from_config(DDPMScheduler.load_config(scheduler)).betas).to(device)
+    learns_variance = unet.config.out_channels == 2 * SPEC.space.channels
+    return Parts(SPEC, unet, schedule, EpsilonObjective(schedule, learns_variance))
+
+
+def random_batch(parts: Parts, size: int, device: torch.device) -> Batch:
+    """`size` random images at the UNet's own resolution, with random text embeddings; a batch on the device."""
+    edge, width = parts.unet.config.sample_size, parts.unet.config.encoder_hid_dim
+    images = torch.randint(256, (size, edge, edge, 3), dtype=torch.uint8, device=device)
+    return Batch(images, torch.randn(size, SPEC.text.length, width, device=device).bfloat16(), (None,) * size)
+
+
+def endless(batch: Batch) -> Iterator[tuple[Position, Batch]]:
+    return repeat((Position(0, 0), batch))
+
+
+def create_run(parts: Parts, adapter: Adapter, trained: torch.dtype, optimizer: str, accelerator: Accelerator) -> Run:
+    """A run over the parts, as the trainer makes it, with a constant learning rate and no end in sight."""
+    adapter.attach(parts.unet, trained)
+    made = OPTIMIZERS[optimizer](trainable_parameters(parts.unet), LEARNING_RATE, ADAM)
+    unet, made = accelerator.prepare(parts.unet, made)
+    return Run(
+        accelerator=accelerator,
+        parts=parts,
+        unet=unet,
+        optimizer=made,
+        learning_rate=LearningRate("constant", LEARNING_RATE, 0.0, 0, 10**9),
+        max_grad_norm=1.0,
+        generator=torch.Generator(accelerator.device).manual_seed(0),
+    )
