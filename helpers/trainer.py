@@ -224,7 +224,10 @@ def _embed(job: Job, texts: TextCaches, text: str) -> Any:
 def _resume(run: Run, job: Job, checkpoint: Path) -> None:
     job.adapter.load_weights(run.parts.unet, checkpoint)
     run.restore(checkpoints.load_state(checkpoint)["run"])
-    print(f"Resumed from {checkpoint.name}.")
+    if run.finished:
+        print(f"{checkpoint.name} is the last of its {run.total_steps:,} steps: to train on, raise MAX_NUM_STEPS.")
+    else:
+        print(f"Resumed from {checkpoint.name}, to go on to step {run.total_steps:,}.")
 
 
 def _train_and_export(run: Run, job: Job, model: Path, validation: Validation | None, batches: Any) -> int:

@@ -74,6 +74,7 @@ def train(
         after_step: called in turn after each optimizer step.
     """
     parameters = trainable_parameters(run.unet)
+    run.unet.train()  # diffusers loads in eval mode, in which neither dropout nor gradient checkpointing acts
     with Progress(run) as progress:
         while not run.finished and run.stop_signal is None:
             rate = run.learning_rate.at(run.step)

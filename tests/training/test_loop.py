@@ -1,0 +1,131 @@
+import itertools
+
+import pytest
+import torch
+
+from helpers.config.load import load
+from helpers.data.collate import Batch
+from helpers.data.sampler import Position
+from helpers.models.families import SPECS
+from helpers.training import assembly
+from helpers.training.loop import Every, Run, train
+from helpers.training.step import training_loss
+
+
+@pytest.fixture
+def make_run(tiny_model):
+    """A run over the tiny model; keyword arguments are options."""
+
+    def make(steps: int = 3, **options: object) -> Run:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        values = {"model_type": "deepfloyd-lora", "mixed_precision": "no", "report_to": "none", "lora_rank": 2, **options}
+        config = load([f"--{name}={value}" for name, value in values.items()]).config
+        spec = SPECS[config.family.key]
+        accelerator = assembly.create_accelerator(config)
+        return assembly.create_run(config, spec, tiny_model, assembly.adapter_of(config, spec), accelerator, steps)
+
+    return make
+
+
+def batches(count: int | None = None):
+    """Different random batches, each with the position after it."""
+    generator = torch.Generator().manual_seed(5)
+    for number in itertools.count(1) if count is None else range(1, count + 1):
+        images = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=generator)
+        text = torch.randn(2, 77, 64, generator=generator).bfloat16()
+        yield Position(0, number), Batch(images, text, (None, None))
+
+
+def gradient_norms(run: Run) -> list[float]:
+    """The norm of all gradients at each optimizer step, collected while the run trains."""
+    norms: list[float] = []
+
+    def collect(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+
+    run.optimizer.optimizer.register_step_pre_hook(collect)
+    return norms
+
+
+def test_gradients_are_clipped_to_the_norm_and_only_those_above_it(make_run):
+    norms = {}
+    for limit in (0, 1e-3, 1e6):
+        run = make_run(max_grad_norm=limit)
+        norms[limit] = gradient_norms(run)
+        train(run, batches())
+    assert min(norms[0]) > 2e-3
+    assert norms[1e-3] == pytest.approx([1e-3] * 3, rel=1e-3)
+    assert norms[1e6] == pytest.approx(norms[0])
+
+
+def test_accumulated_gradients_are_the_mean_over_the_batches(make_run):
+    run = make_run(1, gradient_accumulation_steps=3, max_grad_norm=0)
+    norms = gradient_norms(run)
+    train(run, batches())
+    reference = make_run(1)
+    losses = [training_loss(reference.parts, reference.unet, batch, reference.generator) for _, batch in batches(3)]
+    torch.stack(losses).mean().backward()
+    gradients = [p.grad.flatten() for p in reference.unet.parameters() if p.grad is not None]
+    assert norms == pytest.approx([torch.cat(gradients).norm().item()], rel=1e-4)
+    assert (run.step, run.position) == (1, Position(0, 3))
+
+
+def test_each_step_uses_the_schedules_rate(make_run):
+    run = make_run(4, learning_rate=1e-3, lr_end=1e-4, lr_scheduler="linear")
+    rates = []
+    train(run, batches(), [lambda run: rates.append(run.optimizer.param_groups[0]["lr"])])
+    assert rates == pytest.approx([1e-3, 7e-4, 4e-4, 1e-4])
+
+
+def test_dropout_and_gradient_checkpointing_are_at_work_while_training(make_run):
+    run = make_run(1, lora_dropout=0.5, gradient_checkpointing=True)
+    calls = []
+    run.parts.unet.up_blocks[-1].resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
+    modes = []
+    train(run, batches(), [lambda run: modes.extend(m.training for m in run.unet.modules() if hasattr(m, "p"))])
+    assert modes and all(modes)
+    assert len(calls) == 2, "checkpointing computes a block's forward pass once more on the way back"
+
+
+def test_a_signal_ends_the_run_after_the_step_in_progress(make_run):
+    run = make_run(100)
+
+    def stop(run: Run) -> None:
+        run.stop_signal = 2 if run.step == 2 else None
+
+    train(run, batches(), [stop])
+    assert run.step == 2 and not run.finished
+
+
+def test_periodic_work_comes_every_so_many_steps_and_after_the_last(make_run):
+    run, done = make_run(5), {2: [], 0: [], 5: []}
+    train(run, batches(), [Every(steps, lambda run, steps=steps: done[steps].append(run.step)) for steps in done])
+    assert done == {2: [2, 4, 5], 0: [5], 5: [5]}
+
+
+@pytest.mark.parametrize("mixed, pure", [("bf16", False), ("bf16", True)])
+def test_noise_of_low_timesteps_survives_bf16_training(make_run, mixed, pure):
+    """What the UNet is fed at t = 0 differs from the image by more than its rounding."""
+    run = make_run(1, mixed_precision=mixed, pure_bf16=pure)
+    fed = []
+    run.parts.unet.register_forward_pre_hook(lambda module, args: fed.append((args[0].float(), args[1])))
+    _, batch = next(batches())
+    x = run.parts.spec.space.encode(batch.images)
+    found = False
+    for _ in range(60):
+        training_loss(run.parts, run.unet, batch, run.generator) if pure else _autocast_loss(run, batch)
+        x_t, t = fed.pop()
+        for sample, image, step in zip(x_t, x, t.tolist()):
+            if step <= 20:
+                found = True
+                assert (sample - image).std() > 0.5 * run.parts.schedule.sqrt_one_minus_alphas_cumprod[step]
+    assert found
+
+
+def _autocast_loss(run: Run, batch: Batch) -> torch.Tensor:
+    with run.accelerator.autocast():
+        return training_loss(run.parts, run.unet, batch, run.generator)
