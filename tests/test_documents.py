@@ -114,3 +114,50 @@ def test_the_dataloader_json_means_what_it_says(backends, tmp_path):
     assert image.instance_prompt == "Your Subject Trigger Phrase or Word"
     assert text.cache_dir == Path("/training/cache/deepfloyd/text/dreambooth")
     assert loaded.text_embeds_of(image) == text
+
+
+@pytest.fixture
+def dataloader_for_training(tmp_path, photos) -> Path:
+    """The documented dataloader JSON with only its folders replaced."""
+    entries = json.loads((DOCUMENTED / "multidatabackend_deepfloyd.json").read_text(encoding="utf-8"))
+    entries[0]["instance_data_dir"] = str(photos)
+    entries[1]["cache_dir"] = str(tmp_path / "text")
+    path = tmp_path / "multidatabackend_deepfloyd.json"
+    path.write_text(json.dumps(entries), encoding="utf-8")
+    return path
+
+
+def run_train_sh(env_file: Path, *flags: str) -> subprocess.CompletedProcess:
+    environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CI")}
+    return subprocess.run(
+        ["./train.sh", *flags], cwd=Path(__file__).parents[1], env={**environ, "ENV_FILE": str(env_file)}, text=True,
+        capture_output=True, timeout=300, check=False,
+    )
+
+
+def test_the_documented_env_file_trains(tmp_path, tiny_model, dataloader_for_training):
+    """The env file as it stands, with only the model, the folders and the number of steps replaced after it."""
+    env_file = tmp_path / "sd2x-env.sh"
+    env_file.write_text(
+        f'. "{DOCUMENTED / "sd2x-env.sh"}"\n'
+        f'export MODEL_NAME="{tiny_model}" OUTPUT_DIR="{tmp_path}/out" CACHE_DIR="{tmp_path}/cache"\n'
+        f'export DATALOADER_CONFIG="{dataloader_for_training}" MAX_NUM_STEPS=2\n',
+        encoding="utf-8",
+    )
+    result = run_train_sh(env_file)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+    for step in (0, 2):
+        images = [path.name for path in (tmp_path / "out" / "validation_images" / f"step_{step}").glob("*64.png")]
+        assert images == ["an_ethnographic_photograph_of_a_teddy_bear_at_a_picnic_96x64.png"]
+    assert "SDPA" in result.stdout, "USE_XFORMERS=true is answered where xformers is not usable"
+
+
+def test_the_documented_config_json_trains(tmp_path, tiny_model, dataloader_for_training):
+    result = run_train_sh(
+        Path("/dev/null"), "--config", str(DOCUMENTED / "config.json"), f"--pretrained_model_name_or_path={tiny_model}",
+        f"--data_backend_config={dataloader_for_training}", f"--output_dir={tmp_path}/out",
+        f"--cache_dir={tmp_path}/cache", "--max_train_steps=2",
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()

@@ -1,5 +1,6 @@
 """Whole runs on the tiny cascade: what comes out, what is the same after a restart, what is refused."""
 
+import io
 import json
 import os
 import shutil
@@ -19,6 +20,15 @@ from helpers.training import checkpoints
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = "pytorch_lora_weights.safetensors"
+
+
+def png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (80, 80), "red").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PNG = png()
 
 
 def state_of(output: Path, step: int) -> tuple[dict, dict]:
@@ -174,6 +184,8 @@ def test_dry_run_plans_and_writes_nothing(trainer, tmp_path, capsys):
         ({"validation_resolution": "100"}, ["VALIDATION_RESOLUTION", "96 or 104"]),
         ({"validation_resolution": "1024"}, ["VALIDATION_RESOLUTION", "256"]),
         ({"optimizer": "adamw", "mixed_precision": "bf16", "pure_bf16": True}, ["OPTIMIZER", "adamw_bf16"]),
+        ({"report_to": "wandb"}, ["REPORT_TO", "pip install wandb"]),
+        ({"validation_guidance_rescale": 0.5}, ["VALIDATION_GUIDANCE_RESCALE", "0.0"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -183,6 +195,33 @@ def test_bad_input_is_refused_in_words_before_anything_is_written(trainer, tmp_p
     for word in words:
         assert word in message
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ({}, ["no images"]),
+        ({"notes.pdf": b"%PDF"}, ["no images"]),
+        ({"a.jpg": b"<html>", "b.png": b""}, ["none of the 2 images", "a.jpg"]),
+        ({"a.png": PNG}, ["none of its 1 images has a caption", "caption_strategy", "a.txt", "instanceprompt"]),
+        ({"a.png": PNG, "a.txt": b"  \n", "a.caption": b"a cat"}, ["a.txt is empty", ".caption", "rename"]),
+    ],
+    ids=["empty folder", "no images", "no readable image", "no captions", "captions of another name"],
+)
+def test_a_dataset_that_cannot_be_used_is_refused_in_words(trainer, tmp_path, capsys, files, words):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    dataloader = tmp_path / "broken.json"
+    entry = {"id": "broken", "instance_data_dir": str(folder), "caption_strategy": "textfile"}
+    dataloader.write_text(json.dumps([entry]), "utf-8")
+    assert trainer(data_backend_config=dataloader) == 2
+    message = capsys.readouterr().err
+    for word in ["'broken'", *words]:
+        assert word in message
+    assert not (tmp_path / "output").exists()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
 
 
 def test_another_runs_checkpoint_is_refused_by_the_options_that_differ(trainer, tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from helpers.config.families import Family
@@ -31,6 +32,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _validation_sizes(config)
     yield from _precision(config)
     yield from _learning_rate(config)
+    yield from _tracker(config)
     if config.validation.validation_guidance_rescale and not config.family.guidance_rescale:
         yield Problem(
             ("validation_guidance_rescale", "model_type"),
@@ -138,3 +140,9 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
             f"found 'constant' beside {options.lr_warmup_steps} warm-up steps: "
             "type constant_with_warmup, or set lr_warmup_steps to 0",
         )
+
+
+def _tracker(config: Config) -> Iterator[Problem]:
+    if config.run.report_to == "wandb" and find_spec("wandb") is None:
+        words = "found 'wandb', which is not installed here: run `pip install wandb`, or type tensorboard or none"
+        yield Problem(("report_to",), words)
