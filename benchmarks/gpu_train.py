@@ -10,7 +10,6 @@ that the script itself is tested everywhere. The documents' figure for the first
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from benchmarks.machine import ROOT, describe_machine
+from benchmarks.machine import ROOT, write_result
 from benchmarks.step_overhead import DEMO, our_loop
 from benchmarks.synthetic import create_run, random_batch, random_parts
 from helpers.models.adapters import LoRA
@@ -75,11 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_train.json")
     options = parser.parse_args(arguments)
-    result = {**measure(options.steps), "machine": describe_machine()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(json.dumps(result, indent=2))
-    return result
+    return write_result(options.output, measure(options.steps))
 
 
 if __name__ == "__main__":

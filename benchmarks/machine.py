@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,6 +26,16 @@ def describe_machine() -> dict[str, object]:
         **{name: version(name) for name in PACKAGES},
         "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
     }
+
+
+def write_result(path: Path, figures: Mapping[str, object]) -> dict[str, object]:
+    """Print the figures with the machine, and keep them as JSON; returns what was written."""
+    result = {**figures, "machine": describe_machine()}
+    text = json.dumps(result, indent=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n", "utf-8")
+    print(text)
+    return result
 
 
 def _processor() -> str:

@@ -11,7 +11,6 @@ so that a busy machine slows both alike; the overhead is the median over the rou
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from benchmarks.machine import ROOT, describe_machine
+from benchmarks.machine import ROOT, write_result
 from benchmarks.synthetic import create_run, endless, random_batch, random_parts
 from helpers.data.collate import Batch
 from helpers.diffusion.noising import add_noise
@@ -93,11 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "step_overhead.json")
     options = parser.parse_args(arguments)
     figures = measure(options.architecture, options.scheduler, options.batch, options.steps, options.rounds)
-    result = {**figures, "machine": describe_machine()}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(json.dumps(result, indent=2))
-    return result
+    return write_result(options.output, figures)
 
 
 if __name__ == "__main__":

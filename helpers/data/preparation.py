@@ -49,7 +49,7 @@ def scan_and_plan(backend: ImageBackend, alignment: int) -> tuple[Dataset, tuple
         backend.only_instance_prompt,
     )
     index = backend.cache_dir / f"scan-{folder}.jsonl"
-    with tqdm(desc=f"scanning {backend.id}", unit="file", leave=False) as bar:
+    with tqdm(desc=f"scanning {backend.id}", unit="file", leave=False, delay=1) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -17,6 +17,7 @@ from helpers.diffusion.objective import EpsilonObjective
 from helpers.models.spec import Spec
 
 COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer")
+CONFIGS = ["model_index.json", "unet/*.json", "scheduler/*.json", "text_encoder/*.json", "tokenizer/*"]
 OPTION = "MODEL_NAME (--pretrained_model_name_or_path)"
 
 
@@ -46,7 +47,7 @@ def fetch_configs(name: str, revision: str | None) -> Path:
     Raises:
         WeightsError: there is neither such a folder nor such a model on the hub, or it cannot be had.
     """
-    return _fetch(name, revision, ["*.json", "tokenizer/*"])
+    return _fetch(name, revision, CONFIGS)
 
 
 def fetch_weights(name: str, revision: str | None, variant: str | None) -> Path:
@@ -55,9 +56,14 @@ def fetch_weights(name: str, revision: str | None, variant: str | None) -> Path:
     Args:
         variant: the variant of the files to take ("fp16"), or None for the plain ones.
     """
+    return _fetch(name, revision, *file_patterns(variant))
+
+
+def file_patterns(variant: str | None) -> tuple[list[str], list[str]]:
+    """Which files of a hub repository to take and which not: these components, as safetensors, in one variant."""
     suffixes = [f".{variant}.safetensors", f".{variant}-*.safetensors"] if variant else [".safetensors"]
-    patterns = [f"{component}/*{suffix}" for component in ("unet", "text_encoder") for suffix in suffixes]
-    return _fetch(name, revision, ["*.json", "tokenizer/*", *patterns], [] if variant else ["*.fp16*"])
+    weights = [f"{component}/*{suffix}" for component in ("unet", "text_encoder") for suffix in suffixes]
+    return [*CONFIGS, *weights], [] if variant else ["*.fp16*"]
 
 
 def _fetch(name: str, revision: str | None, allow: list[str], ignore: list[str] | None = None) -> Path:

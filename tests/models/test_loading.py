@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from helpers.config.families import DEEPFLOYD_I
 from helpers.models import loading
@@ -74,6 +75,31 @@ def test_an_unreachable_hub_id_is_answered_with_licence_login_and_local_path():
         loading.fetch_configs("DeepFloyd/IF-I-M-v1.0", None)
     for words in ("https://huggingface.co/DeepFloyd/IF-I-M-v1.0", "hf auth login", "export MODEL_NAME="):
         assert words in str(error.value)
+
+
+PUBLISHED = [
+    "model_index.json", "README.md", "scheduler/scheduler_config.json", "tokenizer/spiece.model",
+    "tokenizer/tokenizer_config.json", "unet/config.json", "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder/config.json", "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.json", "text_encoder/model.fp16-00001-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.fp16.json", "text_encoder/pytorch_model-00001-of-00002.bin",
+    "safety_checker/config.json", "safety_checker/model.safetensors", "watermarker/config.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("variant, weights", [
+    (None, {"unet/diffusion_pytorch_model.safetensors", "text_encoder/model-00001-of-00002.safetensors"}),
+    ("fp16", {
+        "unet/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16-00001-of-00002.safetensors",
+    }),
+])  # fmt: skip
+def test_of_a_hub_repository_only_what_is_used_is_taken_in_one_variant(variant, weights):
+    allow, ignore = loading.file_patterns(variant)
+    taken = set(filter_repo_objects(PUBLISHED, allow_patterns=allow, ignore_patterns=ignore))
+    assert {name for name in taken if name.endswith((".safetensors", ".bin"))} == weights
+    assert {"model_index.json", "unet/config.json", "tokenizer/spiece.model"} <= taken
+    assert not any(name.startswith(("safety_checker", "watermarker")) for name in taken)
 
 
 @pytest.mark.parametrize("channels, learned", [(6, True), (3, False)])
