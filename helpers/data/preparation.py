@@ -6,7 +6,7 @@ import gc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,14 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class TextCaches:
-    """The embed cache of each text entry of the dataloader JSON, by its id; `default` serves all else."""
+    """The embed cache of each text entry of the dataloader JSON, by its id; the default serves all else."""
 
     by_id: Mapping[str, EmbedCache]
-    default: EmbedCache
+    default_id: str
+
+    @property
+    def default(self) -> EmbedCache:
+        return self.by_id[self.default_id]
 
 
 def scan_and_plan(backend: ImageBackend, alignment: int) -> tuple[Dataset, tuple[str, ...]]:
@@ -97,13 +101,14 @@ def open_text_caches(text: T5, model: Path, backends: Backends) -> TextCaches:
     fingerprint = text.fingerprint(model)
     by_id = {entry.id: EmbedCache(entry.cache_dir, fingerprint) for entry in backends.text_embeds}
     default = next((entry for entry in backends.text_embeds if entry.default), backends.text_embeds[0])
-    return TextCaches(by_id, by_id[default.id])
+    return TextCaches(by_id, default.id)
 
 
 def cache_texts(
     text: T5,
     model: Path,
-    wanted: Iterable[tuple[EmbedCache, Sequence[str]]],
+    caches: TextCaches,
+    wanted: Mapping[str, Sequence[str]],
     batch_size: int,
     device: torch.device,
     variant: str | None = None,
@@ -111,9 +116,12 @@ def cache_texts(
     """Encode the captions that no cache has yet. The encoder is loaded only for that, once, and freed again.
 
     Args:
-        wanted: caches, each with the captions it must hold, as their users wrote them.
+        wanted: the captions that each cache must hold, as their users wrote them, by the cache's id.
     """
-    prepared = [(cache, [text.prepare(caption) for caption in captions]) for cache, captions in wanted]
+    prepared = [
+        (caches.by_id[cache_id], [text.prepare(caption) for caption in captions])
+        for cache_id, captions in wanted.items()
+    ]
     if not any(cache.missing(texts) for cache, texts in prepared):
         return
     encoder = text.load(model, device, variant)

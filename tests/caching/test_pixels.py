@@ -58,15 +58,15 @@ def test_cached_pixels_are_those_of_the_loader(tmp_path):
         np.testing.assert_array_equal(read(PixelCache(tmp_path / "cache"), one), load(one.path, one.size, one.method))
 
 
-def test_rows_can_be_read_from_the_middle(tmp_path):
+def test_a_part_can_be_read_from_anywhere_but_not_beyond_the_image(tmp_path):
     one = job(photo(tmp_path / "a.png"))
     cache = PixelCache(tmp_path / "cache")
     cache.build([one])
-    rows = np.empty((7, SIZE.width, 3), np.uint8)
-    cache.read_into(one.key, rows, top=11)
-    np.testing.assert_array_equal(rows, load(one.path, SIZE)[11:18])
-    with pytest.raises(ValueError, match="40 pixels wide"):
-        cache.read_into(one.key, np.empty((7, 39, 3), np.uint8))
+    part = np.empty((7, 9, 3), np.uint8)
+    cache.read_into(one.key, part, left=5, top=11)
+    np.testing.assert_array_equal(part, load(one.path, SIZE)[11:18, 5:14])
+    with pytest.raises(ValueError, match="40x30"):
+        cache.read_into(one.key, part, left=32, top=11)
 
 
 def test_the_second_run_decodes_no_image_even_if_none_could_be(tmp_path, decoded):
