@@ -251,3 +251,14 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
     text = errors.read_text()
     assert f"saved at step {checkpoint.name.removeprefix('checkpoint-')}" in text
     assert "--resume_from_checkpoint=latest" in text
+
+
+def test_accelerate_launch_is_a_door_too(tmp_path, tiny_model, dataloader):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--quiet", "train_sd2x.py"]
+    flags = ["--model_type", "deepfloyd-lora", "--pretrained_model_name_or_path", str(tiny_model), "--lora_rank", "2"]
+    flags += ["--data_backend_config", str(dataloader), "--cache_dir", str(tmp_path / "cache"), "--max_train_steps", "1"]
+    flags += ["--output_dir", str(tmp_path / "output"), "--mixed_precision", "no"]
+    result = subprocess.run([*launch, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "output" / ADAPTER).exists()

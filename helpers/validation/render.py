@@ -113,11 +113,12 @@ def before_and_after(output: Path, prompts: Sequence[Prompt], sizes: Sequence[Si
     for prompt in prompts:
         for size in sizes:
             file = f"{prompt.name}_{size}.png"
-            rows.append([Cell(Image.open(folder / file), _label(folder, prompt)) for folder in (folders[0], folders[-1])])
+            ends = (folders[0], folders[-1])
+            rows.append([Cell(Image.open(folder / file), f"{_step(folder)}: {prompt.text} ({size})") for folder in ends])
     path = output / IMAGES / "before_and_after.png"
     sheet(rows).save(path)
     return path
 
 
-def _label(folder: Path, prompt: Prompt) -> str:
-    return f"step {folder.name.removeprefix('step_')}: {prompt.text}"
+def _step(folder: Path) -> str:
+    return folder.name.replace("_", " ")
