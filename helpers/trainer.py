@@ -196,6 +196,7 @@ def _collator(job: Job, texts: TextCaches, pixels: Sequence[PixelCache], pin_mem
 def _validation(job: Job, texts: TextCaches, model: Path) -> Validation | None:
     """What to render; None where no prompt is set."""
     if not job.prompts:
+        print("VALIDATION_PROMPT (--validation_prompt) is not set: no validation images will be made.")
         return None
     options = job.config.validation
     return Validation(
