@@ -22,8 +22,8 @@ from PIL import Image, ImageFilter
 
 from examples.demo.draw import CAPTIONS, COLOURS, KNOWN, OUTLINES, SUBJECT, Thing, mask
 
-CHROMA = 60
-"""A pixel belongs to the thing when its channels differ by more than this; grounds are nearly grey."""
+CONTRAST = 60
+"""A pixel belongs to the thing when a channel differs by more than this (of 255) from the ground."""
 AREA = (0.03, 0.6)
 """Least and most share of the picture that a thing may cover."""
 HUE_ERROR = 25
@@ -56,10 +56,12 @@ def see(picture: np.ndarray) -> Seen:
 
 
 def foreground(picture: np.ndarray) -> np.ndarray:
-    """Where the picture is colourful, bool [H, W], without lone pixels."""
+    """Where the picture differs from the ground at its border, bool [H, W], without lone pixels."""
     pixels = picture.astype(np.int16)
-    colourful = (pixels.max(axis=2) - pixels.min(axis=2) > CHROMA).astype(np.uint8) * 255
-    return np.asarray(Image.fromarray(colourful).filter(ImageFilter.MedianFilter(3))) > 0
+    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    contrast = np.abs(pixels - np.median(border, axis=0)).max(axis=2)
+    stands_out = Image.fromarray((contrast > CONTRAST).astype(np.uint8) * 255)
+    return np.asarray(stands_out.filter(ImageFilter.MedianFilter(3))) > 0
 
 
 def colour_of(rgb: Sequence[float]) -> str | None:
