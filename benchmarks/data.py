@@ -1,7 +1,7 @@
 """How fast images and captions become batches, on one core. Prints and saves a JSON with all figures.
 
-    python benchmarks/data.py          # a few minutes, and 4 GB of disk in a temporary folder
-    python benchmarks/data.py --photos 1 --photo_size 400x300 --samples 64 --width 8 --seconds 0.05 --out /tmp/data.json
+    python -m benchmarks.data          # a few minutes, and 4 GB of disk in a temporary folder
+    python -m benchmarks.data --photos 1 --photo_size 400x300 --samples 64 --width 8 --seconds 0.05 --output /tmp/data.json
 
 photos: JPEGs to training samples (scan, hash, decode, cache, crop), beside full decode and 25 % steps in Pillow.
 cached: samples with their text embeds, through the sampler to collated batches of 16.
@@ -14,37 +14,30 @@ things, or waits for its disk, is less. Both sides of a comparison take turns. A
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
 from typing import NamedTuple
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from helpers.caching.embeds import EmbedCache  # noqa: E402
-from helpers.caching.pixels import PixelCache, pixel_key  # noqa: E402
-from helpers.data.collate import Collator, Source  # noqa: E402
-from helpers.data.dataset import Dataset, plan_images  # noqa: E402
-from helpers.data.sampler import Sampler  # noqa: E402
-from helpers.data.scan import Captions, Record, Scan, scan  # noqa: E402
-from helpers.images.downsampling import steps  # noqa: E402
-from helpers.images.geometry import Rules, crop_box, plans  # noqa: E402
-from helpers.sizes import Size, parse_sizes  # noqa: E402
+from benchmarks.machine import ROOT, write_result
+from helpers.caching.embeds import EmbedCache
+from helpers.caching.pixels import PixelCache, pixel_key
+from helpers.data.collate import Collator, Source
+from helpers.data.dataset import Dataset, plan_images
+from helpers.data.sampler import Sampler
+from helpers.data.scan import Captions, Record, Scan, scan
+from helpers.images.downsampling import steps
+from helpers.images.geometry import Rules, crop_box, plans
+from helpers.sizes import Size, parse_sizes
 
 BATCH = 16
 ROUNDS = 5
@@ -61,17 +54,14 @@ FINGERPRINT = {"text_encoder": "random numbers"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _options(argv)
-    machine = _use_one_core() | _versions()
+    _use_one_core()
     with tempfile.TemporaryDirectory(prefix="floydtuner-benchmark-", dir=options.folder) as name:
         folder = Path(name)
-        result = {"machine": machine, "photos": photos(folder / "photos", options.photos, options.photo_size)}
+        result: dict[str, object] = {"photos": photos(folder / "photos", options.photos, options.photo_size)}
         store = _Store(folder / "cached", options.samples, options.width)
         result["cached"] = cached(store, options.seconds)
         result["embeds"] = embeds(store, folder / "torch_save", options.seconds)
-    text = json.dumps(result, indent=2)
-    print(text)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text + "\n")
+    write_result(options.output, result)
 
 
 def photos(folder: Path, per_round: int, size: Size) -> dict[str, object]:
@@ -230,30 +220,10 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _use_one_core() -> dict[str, object]:
+def _use_one_core() -> None:
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    return {"cores": 1 if hasattr(os, "sched_setaffinity") else "not pinned", "processor": _processor()}
-
-
-def _processor() -> str:
-    names = [line.partition(":")[2].strip() for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _versions() -> Mapping[str, str]:
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pillow": PIL.__version__,
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
-    }
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -264,7 +234,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=4096, help="numbers per token of a text embed: T5-XXL has 4096")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement of a round")
     parser.add_argument("--folder", type=Path, help="where to put the temporary folder")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "data.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "data.json")
     return parser.parse_args(argv)
 
 

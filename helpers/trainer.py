@@ -130,10 +130,7 @@ def _plan_data(job: Job) -> list[Dataset]:
 
 def _sampler(config: Config, datasets: Sequence[Dataset]) -> Sampler:
     training = config.training
-    try:
-        return Sampler(datasets, training.train_batch_size, training.seed, config.data.caption_dropout_probability)
-    except ValueError as error:
-        raise DatasetError(str(error)) from error
+    return Sampler(datasets, training.train_batch_size, training.seed, config.data.caption_dropout_probability)
 
 
 def _total_steps(config: Config, sampler: Sampler) -> int:

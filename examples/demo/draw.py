@@ -87,9 +87,8 @@ def mask(shape: str, size: tuple[int, int], centre: tuple[float, float], radius:
 def draw(thing: Thing, size: tuple[int, int], rng: np.random.Generator) -> Image.Image:
     """An RGB picture of `size` (width, height). Up to an aspect of 8:7 no square crop cuts into the thing."""
     short = min(size)
-    radius = rng.uniform(0.24, 0.38) * short
-    reach = [max(0.0, 0.97 * short - edge / 2 - radius) for edge in size]
-    centre = tuple(edge / 2 + rng.uniform(-r, r) for edge, r in zip(size, reach))
+    radius = rng.uniform(0.28, 0.36) * short
+    centre = tuple(edge / 2 + rng.uniform(-0.04, 0.04) * short for edge in size)
     paint = np.array(COLOURS[thing.colour]) + rng.normal(0, 8, 3)
     cover = mask(thing.shape, size, centre, radius)[..., None]
     picture = cover * _shaded(paint, size, 0.1, rng) + (1 - cover) * _ground(size, rng)
@@ -98,9 +97,8 @@ def draw(thing: Thing, size: tuple[int, int], rng: np.random.Generator) -> Image
 
 
 def _ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A nearly grey ground, from dark to white."""
-    tone = rng.choice([rng.uniform(30, 80), rng.uniform(120, 190), rng.uniform(205, 250)])
-    return _shaded(tone + rng.normal(0, 5, 3), size, 0.12, rng)
+    """A pale, nearly grey ground."""
+    return _shaded(rng.uniform(190, 240) + rng.normal(0, 4, 3), size, 0.08, rng)
 
 
 def _shaded(

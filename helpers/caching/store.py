@@ -119,8 +119,8 @@ class ShardStore:
         """Tell the system that these records are about to be viewed, so that the disk fetches them together.
 
         Without it each page that is not in memory yet is waited for in turn: measured with batches of 16 text embeds
-        on a cold SSD, 270 records a second instead of 1,230, where `preadv` reads 850. On a warm cache a memory map
-        copies a record in half the time of `preadv`; announcing it takes 5 us.
+        on a cold SSD, 270 records a second instead of 1,230, where `preadv` reads 850. On a warm cache a record is
+        copied out of a memory map in 76 us where `preadv` takes 121; announcing it costs 14 of the 45 us won.
         """
         for key in keys:
             shard, offset, nbytes, _ = self._places[key]

@@ -14,6 +14,9 @@ from helpers.config.backends import ImageBackend
 from helpers.data.scan import DatasetError, LeftOut, Record, Scan
 from helpers.images.geometry import Plan, Rules, plans, refusal
 from helpers.sizes import Size
+NAMED = 10
+"""How many of the files that are left out the console names."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -40,7 +43,10 @@ class Report:
             lines.append(f"  {self.upsampled:,} are smaller than their bucket and are enlarged: "
                          "minimum_image_size leaves such images out")
         if self.left_out:
-            lines.append(f"  {len(self.left_out):,} left out, for example {_in_words(self.left_out[0])}")
+            lines.append(f"  {len(self.left_out):,} left out:")
+            lines += [f"    {_in_words(entry)}" for entry in self.left_out[:NAMED]]
+            if len(self.left_out) > NAMED:
+                lines.append(f"    ... and {len(self.left_out) - NAMED:,} more, all listed in left_out.json of the output folder")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, object]:

@@ -19,10 +19,10 @@ def same_cores_afterwards():
 def test_the_benchmark_runs_and_saves_its_figures(tmp_path, same_cores_afterwards):
     out = tmp_path / "data.json"
     data.main(["--photos", "1", "--photo_size", "400x300", "--samples", "32", "--width", "8", "--seconds", "0.01",
-               "--folder", str(tmp_path), "--out", str(out)])
+               "--folder", str(tmp_path), "--output", str(out)])
     result = json.loads(out.read_text())
     for name in data.PREPARATIONS:
         assert result["photos"][name]["ratio"] > 0
     assert result["cached"]["samples_per_second"] > 0 and result["embeds"]["ratio"] > 0
-    assert result["machine"].keys() >= {"processor", "cores", "python", "torch", "pillow", "commit"}
+    assert result["machine"].keys() >= {"processor", "threads", "python", "torch", "pillow", "commit"}
     assert [path.name for path in tmp_path.iterdir()] == ["data.json"]
