@@ -25,12 +25,32 @@ refuse() {
     exit 2
 }
 
+# Is there a demo of this name?
+is_demo() {
+    [ -n "$1" ] && [ -f "examples/demo/sd2x-env-$1.sh" ]
+}
+
+# The command that was typed, with --demo and its name first.
+demo_command() {
+    local argument previous='' demo=--demo rest=''
+    for argument in "$@"; do
+        if [ "$previous" = --demo ] && is_demo "$argument"; then
+            demo="--demo $argument"
+        elif [ "$argument" != --demo ]; then
+            rest=$rest$(printf ' %q' "$argument")
+        fi
+        previous=$argument
+    done
+    printf './train.sh %s%s' "$demo" "$rest"
+}
+
 # What was typed, for the trainer to say how an interrupted run goes on.
 typed=./train.sh
 [ $# -eq 0 ] || typed=$typed$(printf ' %q' "$@")
 [ -z "${ENV_FILE:-}" ] || typed="ENV_FILE=$(printf %q "$ENV_FILE") $typed"
 
 # Which files to read.
+words=("$@")
 env_file=${ENV_FILE:-}
 if [ "${1:-}" = --demo ]; then
     shift
@@ -39,7 +59,7 @@ if [ "${1:-}" = --demo ]; then
     -*) ;;
     *)
         env_file=examples/demo/sd2x-env-$1.sh
-        [ -f "$env_file" ] || refuse "--demo $1: there is no such demo (no $env_file); ./train.sh --demo is the main one"
+        is_demo "$1" || refuse "--demo $1: there is no such demo (no $env_file); ./train.sh --demo is the main one"
         shift
         ;;
     esac
@@ -49,7 +69,7 @@ fi
 with_config=
 for argument in "$@"; do
     case $argument in
-    --demo) refuse "--demo: type it first, flags after it: ./train.sh --demo $*" ;;
+    --demo) refuse "--demo: type it first, flags after it: $(demo_command "${words[@]}")" ;;
     --config | --config=*) with_config=yes ;;
     --help | -h)
         # Help makes no environment: a newcomer who asks for it first gets the short form.

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Train a model by the options of OPTIONS.md.
 
-Exit codes: 0 when training finished; 2 when the options, the data or the weights cannot be used; 128 + the signal when
-it was interrupted. What cannot be foreseen ends with a traceback and exit code 1.
+Exit codes: 0 when training finished; 2 when the options, the data or the weights cannot be used; 3 when the loss became
+NaN or infinite; 128 + the signal when it was interrupted. What cannot be foreseen ends with a traceback and exit code 1.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from helpers.config.backends import load_backends
-from helpers.config.load import describe, load
+from helpers.config.load import describe, load_all
 from helpers.config.problems import ConfigError
 
 # Read by transformers and diffusers as they are imported: they greet with warnings about packages not needed here.
@@ -21,13 +20,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 BAD_INPUT = 2
+BROKE_DOWN = 3
 
 
 def main(arguments: Sequence[str]) -> int:
     """Check the options, then hand over to the trainer; returns the exit code."""
     try:
-        resolved = load(arguments, os.environ)
-        backends = load_backends(resolved.config.data.data_backend_config, resolved.config)
+        resolved, backends = load_all(arguments, os.environ)
     except ConfigError as error:
         return _refuse(error)
     print(describe(resolved, everything=resolved.config.run.dry_run), flush=True)
@@ -38,6 +37,9 @@ def main(arguments: Sequence[str]) -> int:
         return trainer.train(resolved, backends)
     except trainer.REFUSALS as error:
         return _refuse(error)
+    except trainer.NonFiniteLoss as error:
+        print(f"\n{error}", file=sys.stderr)
+        return BROKE_DOWN
     except KeyboardInterrupt:
         print("\nInterrupted before the first step. What is cached stays; the same command goes on.", file=sys.stderr)
         return 128 + signal.SIGINT

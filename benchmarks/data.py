@@ -31,12 +31,14 @@ from PIL import Image
 from benchmarks.machine import ROOT, write_result
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache, pixel_key
-from helpers.data.collate import Collator, Source
+from helpers.data.collate import Buffer, Collator, Source
 from helpers.data.dataset import Dataset, plan_images
+from helpers.data.preparation import prepare_captions
 from helpers.data.sampler import Sampler
 from helpers.data.scan import Captions, Record, Scan, scan
 from helpers.images.downsampling import steps
 from helpers.images.geometry import Rules, crop_box, plans
+from helpers.models.text import T5
 from helpers.sizes import Size, parse_sizes
 
 BATCH = 16
@@ -84,7 +86,7 @@ def photos(folder: Path, per_round: int, size: Size) -> dict[str, object]:
 def cached(store: _Store, seconds: float) -> dict[str, object]:
     """Samples per second from the sampler to collated batches: random crops, captions drawn, 10 % dropped."""
     sampler = Sampler([store.dataset], BATCH, seed=42, caption_dropout_probability=0.1)
-    collate = Collator({store.dataset.id: Source(store.pixels, store.embeds, "stepwise")}, prepare=str)
+    collate = Collator({store.dataset.id: Source(store.pixels, store.embeds, "stepwise")}, store.prepared)
     stream = ((position, collate(plan)) for position, plan in sampler.batches())
     rates = [_repeated(lambda: next(stream), BATCH, seconds) for _ in range(ROUNDS)]
     facts = {"samples": len(store.dataset.records), "embeds": f"{TOKENS}x{store.width} bfloat16", "batch": BATCH}
@@ -98,7 +100,7 @@ def embeds(store: _Store, folder: Path, seconds: float) -> dict[str, object]:
     for text, path in paths.items():
         torch.save(store.embeds.read([text])[0].clone(), path)
     draw = random.Random(0)
-    ring = [torch.empty(BATCH, TOKENS, store.width, dtype=torch.bfloat16) for _ in range(3)]
+    ring = [Buffer(torch.bfloat16)(BATCH, TOKENS, store.width) for _ in range(3)]
     ours, plain = [], []
     for _ in range(ROUNDS):
         plain.append(_repeated(
@@ -120,13 +122,15 @@ class _Store:
 
     def __init__(self, folder: Path, samples: int, width: int) -> None:
         self.width = width
-        self.texts = [f"a photograph of subject {number}" for number in range(samples)]
-        records = tuple(_record(number, text) for number, text in enumerate(self.texts))
+        captions = [f"A photograph of subject {number}" for number in range(samples)]
+        self.prepared = prepare_captions(T5(), captions)
+        self.texts = [self.prepared[caption] for caption in captions]
+        records = tuple(_record(number, caption) for number, caption in enumerate(captions))
         self.dataset: Dataset = plan_images("cached", Path("/images"), RULES, Scan(records, (), ()))
         self.pixels = PixelCache(folder / "pixels")
         self._fill_pixels(records)
         self.embeds = EmbedCache(folder / "text", FINGERPRINT)
-        self.embeds.build([*self.texts, ""], self._encode, len, BATCH)
+        self.embeds.build(self.prepared.values(), self._encode, len, BATCH)
 
     def _fill_pixels(self, records: Sequence[Record]) -> None:
         draw = np.random.default_rng(0)
@@ -139,8 +143,8 @@ class _Store:
         return torch.randn(len(texts), TOKENS, self.width).bfloat16()
 
 
-def _record(number: int, text: str) -> Record:
-    return Record("cached", Path(f"/images/{number}.jpg"), f"{number:064x}", Size(4000, 3000), (text,))
+def _record(number: int, caption: str) -> Record:
+    return Record("cached", Path(f"/images/{number}.jpg"), f"{number:064x}", Size(4000, 3000), (caption,))
 
 
 def _plain_sample(path: Path, rules: Rules) -> np.ndarray:

@@ -36,8 +36,8 @@ def random_parts(architecture: Path, scheduler: Path, dtype: torch.dtype, device
     finally:
         torch.set_default_dtype(default)
     schedule = schedule_from_betas(DDPMScheduler.from_config(DDPMScheduler.load_config(scheduler)).betas).to(device)
-    learns_variance = unet.config.out_channels == 2 * SPEC.space.channels
-    return Parts(SPEC, unet, schedule, EpsilonObjective(schedule, learns_variance))
+    trains_variance = unet.config.out_channels == 2 * SPEC.space.channels
+    return Parts(SPEC, unet, schedule, EpsilonObjective(schedule, trains_variance))
 
 
 def random_batch(parts: Parts, size: int, device: torch.device) -> Batch:

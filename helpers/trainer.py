@@ -8,14 +8,17 @@ import platform
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.utils import logging as diffusers_logging
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from helpers.caching.pixels import PixelCache
@@ -24,10 +27,10 @@ from helpers.config.load import Resolved, as_json, read_prompt_library
 from helpers.config.options import Config
 from helpers.config.problems import ConfigError
 from helpers.data import preparation
-from helpers.data.collate import Collator
+from helpers.data.collate import Batch, Collator
 from helpers.data.dataset import Dataset
 from helpers.data.preparation import NULL_CAPTION, TextCaches
-from helpers.data.sampler import Sampler
+from helpers.data.sampler import Position, Sampler
 from helpers.data.scan import DatasetError, write_left_out
 from helpers.models import loading
 from helpers.models.adapters import Adapter
@@ -36,7 +39,7 @@ from helpers.models.loading import WeightsError
 from helpers.models.spec import Spec
 from helpers.training import assembly, checkpoints, loop
 from helpers.training.checkpoints import CheckpointError
-from helpers.training.loop import Every, Run
+from helpers.training.loop import Every, NonFiniteLoss, Run, require_finite
 from helpers.validation.prompts import named_prompts, with_embeds
 from helpers.validation.render import Validation, before_and_after
 
@@ -70,27 +73,31 @@ def train(resolved: Resolved, backends: Backends) -> int:
 
     Raises:
         one of `REFUSALS`: before any weights load.
+        NonFiniteLoss: training broke down; the checkpoints so far are intact.
     """
     _quieten_libraries()
     config = resolved.config
     spec = SPECS[config.family.key]
     job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config, spec), _prompts(config))
-    datasets = _plan_data(job)
-    checkpoint = _checkpoint(job)
-    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    _require_writable(job)
+    datasets, prepared = _plan_data(job)
+    checkpoint = _checkpoint(job, datasets)
+    name, revision, variant = config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant
     if config.run.dry_run and not Path(name).is_dir():
         print(f"Dry run: nothing was downloaded or trained. The weights of {name} on the hub were not looked at.")
         return 0
     loading.check(config.family, spec, loading.fetch_configs(name, revision))
     if config.run.dry_run:
+        loading.check_weight_files(Path(name), variant)
         print("Dry run: nothing was trained. The options, the data and the weights fit together.")
         return 0
-    _open_output(job, datasets)
-    accelerator = assembly.create_accelerator(config)
-    model = loading.fetch_weights(name, revision, config.model.variant)
-    texts = _cache_texts(job, datasets, model, accelerator)
+    model = loading.fetch_weights(name, revision, variant)
+    loading.check_weight_files(model, variant)
     datasets, pixels = _cache_pixels(job, datasets)
     sampler = _sampler(config, datasets)
+    _open_output(job, datasets)
+    accelerator = assembly.create_accelerator(config)
+    texts = _cache_texts(job, datasets, prepared, model, accelerator)
     run = assembly.create_run(config, spec, model, job.adapter, accelerator, _total_steps(config, sampler))
     if checkpoint:
         _resume(run, job, checkpoint)
@@ -98,6 +105,23 @@ def train(resolved: Resolved, backends: Backends) -> int:
     validation = _validation(job, texts, model)
     collator = _collator(job, texts, pixels, pin_memory=accelerator.device.type == "cuda")
     return _train_and_export(run, job, model, validation, collator.stream(sampler.batches(run.position)))
+
+
+def _require_writable(job: Job) -> None:
+    """See that results and caches can be written, without making a folder yet."""
+    folders = {"--output_dir (export OUTPUT_DIR)": job.config.run.output_dir}
+    for entry in (*job.backends.images, *job.backends.text_embeds):
+        folders[f"--cache_dir (export CACHE_DIR), or the cache folder of entry {entry.id!r}"] = entry.cache_dir
+    problems = []
+    for option, folder in folders.items():
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            problems.append(f"{option}: {folder} cannot be written to ({error.strerror}): name another folder")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _quieten_libraries() -> None:
@@ -111,21 +135,26 @@ def _prompts(config: Config) -> dict[str, str]:
     return named_prompts(config.validation.validation_prompt, read_prompt_library(library) if library else {})
 
 
-def _plan_data(job: Job) -> list[Dataset]:
-    """Scan and plan each dataset, and print what will be trained on."""
+def _plan_data(job: Job) -> tuple[list[Dataset], dict[str, str]]:
+    """Scan and plan each dataset, and print what will be trained on; also every caption with its prepared text."""
     datasets = []
     for backend in job.backends.images:
         dataset, notes = preparation.scan_and_plan(backend, job.config.family.alignment)
         datasets.append(dataset)
-        for note in [*notes, *preparation.caption_notes(dataset, job.spec.text)]:
+        for note in notes:
             print(note)
+    captions = [caption for dataset in datasets for caption in dataset.captions()]
+    prompts = [job.config.validation.validation_negative_prompt, *job.prompts.values()]
+    prepared = preparation.prepare_captions(job.spec.text, captions + prompts)
+    for note in [note for dataset in datasets for note in preparation.caption_notes(dataset, prepared)]:
+        print(note)
     sampler = _sampler(job.config, datasets)
     for dataset, batches in zip(datasets, sampler.batches_by_dataset(0).values()):
         print(dataset.report(batches).describe())
     steps = _total_steps(job.config, sampler)
     batch_size = job.config.training.train_batch_size * job.config.training.gradient_accumulation_steps
     print(f"{sampler.batches_in_epoch(0):,} batches an epoch; {steps:,} steps of up to {batch_size:,} images in all")
-    return datasets
+    return datasets, prepared
 
 
 def _sampler(config: Config, datasets: Sequence[Dataset]) -> Sampler:
@@ -137,7 +166,7 @@ def _total_steps(config: Config, sampler: Sampler) -> int:
     return assembly.total_steps(config.training, sampler.batches_in_epoch(0))
 
 
-def _checkpoint(job: Job) -> Path | None:
+def _checkpoint(job: Job, datasets: Sequence[Dataset]) -> Path | None:
     """The checkpoint to go on from, if there is one and it fits."""
     checkpoint = checkpoints.choose(job.config.run.output_dir, job.config.run.resume_from_checkpoint)
     if checkpoint:
@@ -148,26 +177,28 @@ def _checkpoint(job: Job) -> Path | None:
 def _open_output(job: Job, datasets: Sequence[Dataset]) -> None:
     """Make the output folder and write down what this run is."""
     output = job.config.run.output_dir
+    output.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version()} | {name: version(name) for name in REPORTED_PACKAGES}
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "run.json").write_text(json.dumps({**job.options, "versions": versions}, indent=2) + "\n", "utf-8")
-        write_left_out(output / "left_out.json", {dataset.id: dataset.left_out for dataset in datasets})
-    except OSError as error:
-        raise ConfigError(
-            [f"--output_dir (export OUTPUT_DIR): {output} cannot be written to ({error.strerror}): name another folder"]
-        ) from error
+    (output / "run.json").write_text(json.dumps({**job.options, "versions": versions}, indent=2) + "\n", "utf-8")
+    write_left_out(output / "left_out.json", {dataset.id: dataset.left_out for dataset in datasets})
 
 
-def _cache_texts(job: Job, datasets: Sequence[Dataset], model: Path, accelerator: Accelerator) -> TextCaches:
+def _cache_texts(
+    job: Job, datasets: Sequence[Dataset], prepared: Mapping[str, str], model: Path, accelerator: Accelerator
+) -> TextCaches:
     config = job.config
-    texts = preparation.open_text_caches(job.spec.text, model, job.backends)
+    texts = preparation.open_text_caches(job.spec.text, model, job.backends, prepared)
     wanted = {cache_id: [NULL_CAPTION] for cache_id in texts.by_id}
     for backend, dataset in zip(job.backends.images, datasets):
         wanted[backend.text_embeds] += dataset.captions()
     wanted[texts.default_id] += [config.validation.validation_negative_prompt, *job.prompts.values()]
+    device = accelerator.device if config.data.text_encoder_device == "auto" else torch.device("cpu")
     batch_size, variant = config.data.text_encoder_batch_size, config.model.variant
-    preparation.cache_texts(job.spec.text, model, texts, wanted, batch_size, accelerator.device, variant)
+    try:
+        preparation.cache_texts(job.spec.text, model, texts, wanted, batch_size, device, variant)
+    except torch.OutOfMemoryError as error:
+        words = f"the text encoder does not fit on the GPU beside what is there ({error}): type cpu"
+        raise ConfigError([f"--text_encoder_device (export TEXT_ENCODER_DEVICE): {words}"]) from error
     return texts
 
 
@@ -175,7 +206,6 @@ def _cache_pixels(job: Job, datasets: Sequence[Dataset]) -> tuple[list[Dataset],
     """The datasets without what could not be decoded, and the cache of each."""
     cached = [preparation.cache_pixels(dataset, backend) for dataset, backend in zip(datasets, job.backends.images)]
     kept = [dataset for dataset, _ in cached]
-    write_left_out(job.config.run.output_dir / "left_out.json", {dataset.id: dataset.left_out for dataset in kept})
     for before, after in zip(datasets, kept):
         if len(after.records) < len(before.records):
             lost = len(before.records) - len(after.records)
@@ -187,7 +217,7 @@ def _collator(job: Job, texts: TextCaches, pixels: Sequence[PixelCache], pin_mem
     sources = {
         backend.id: preparation.source_of(backend, cache, texts) for backend, cache in zip(job.backends.images, pixels)
     }
-    return Collator(sources, job.spec.text.prepare, pin_memory=pin_memory)
+    return Collator(sources, texts.prepared, pin_memory=pin_memory)
 
 
 def _validation(job: Job, texts: TextCaches, model: Path) -> Validation | None:
@@ -199,49 +229,55 @@ def _validation(job: Job, texts: TextCaches, model: Path) -> Validation | None:
     return Validation(
         base=model,
         output=job.config.run.output_dir,
-        prompts=with_embeds(job.prompts, lambda text: _embed(job, texts, text)),
-        negative=_embed(job, texts, options.validation_negative_prompt),
+        prompts=with_embeds(job.prompts, lambda text: _embed(texts, text)),
+        negative=_embed(texts, options.validation_negative_prompt),
         sizes=options.validation_resolution,
         inference_steps=options.validation_num_inference_steps,
         guidance=options.validation_guidance,
         seed=options.validation_seed,
+        scheduler_changes={} if job.config.training.train_variance else {"variance_type": "fixed_small"},
     )
 
 
-def _embed(job: Job, texts: TextCaches, text: str) -> Any:
-    return texts.default.read([job.spec.text.prepare(text)])[0]
+def _embed(texts: TextCaches, text: str) -> torch.Tensor:
+    return texts.default.read([texts.prepared[text]])[0]
 
 
 def _resume(run: Run, job: Job, checkpoint: Path) -> None:
     job.adapter.load_weights(run.parts.unet, checkpoint)
     run.restore(checkpoints.load_state(checkpoint)["run"])
+    for abandoned in checkpoints.set_aside_later(job.config.run.output_dir, checkpoint):
+        print(f"Going back to {checkpoint.name}: a later checkpoint was moved to {_shown(abandoned)}.")
     if run.finished:
         print(f"{checkpoint.name} is the last of its {run.total_steps:,} steps: to train on, raise MAX_NUM_STEPS.")
     else:
         print(f"Resumed from {checkpoint.name}, to go on to step {run.total_steps:,}.")
 
 
-def _train_and_export(run: Run, job: Job, model: Path, validation: Validation | None, batches: Any) -> int:
+def _train_and_export(
+    run: Run, job: Job, model: Path, validation: Validation | None, batches: Iterator[tuple[Position, Batch]]
+) -> int:
     output, options = job.config.run.output_dir, job.config
 
     def save(run: Run) -> None:
+        require_finite(run)
         state = {"identity": job.identity, "run": run.state()}
         checkpoints.save(output, run.step, job.adapter, run.parts.unet, state, options.run.checkpoints_total_limit)
 
     periodic = [Every(options.run.checkpointing_steps, save)]
     if validation:
         periodic.append(Every(options.validation.validation_steps, validation))
-        if run.step == 0:
+        # The baseline; and the last one, where a run was stopped between its last checkpoint and its last pictures.
+        if run.step == 0 or (run.finished and not validation.is_done(run.step)):
             validation(run)
     _stop_on_signals(run)
     loop.train(run, batches, periodic)
-    run.accelerator.end_training()
     if run.finished:
         _finish(run, job, model, validation)
         return 0
     if not (output / f"checkpoint-{run.step}").exists():
         save(run)
-    print(f"\nInterrupted and saved at step {run.step}. To go on:\n  {_resume_command()}", file=sys.stderr)
+    print(f"\nSaved at step {run.step}. To go on:\n  {_resume_command(output)}", file=sys.stderr)
     return 128 + run.stop_signal
 
 
@@ -251,25 +287,30 @@ def _stop_on_signals(run: Run) -> None:
     def stop(number: int, frame: object) -> None:
         run.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
+        tqdm.write("Interrupted: saving after this step. Once more ends it at once, unsaved.", file=sys.stderr)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
 
 
-def _resume_command() -> str:
+def _resume_command(output: Path) -> str:
+    """What was typed, with the output folder as it is now: an env file may compute it anew each time."""
     typed = os.environ.get(COMMAND_MARK) or f"{shlex.quote(sys.executable)} {shlex.join(sys.argv)}"
-    return f"{typed} --resume_from_checkpoint=latest"
+    return f"{typed} --output_dir={shlex.quote(str(output))} --resume_from_checkpoint=latest"
 
 
 def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> None:
     """Export, and tell where everything is."""
     output = job.config.run.output_dir
     lines = [f"  {_shown(job.adapter.export(run.parts.unet, model, output))}    the result, for diffusers"]
+    if not job.config.training.train_variance and job.config.training_kind == "lora":
+        lines.append('    its variance was not trained: sample it with a scheduler of variance_type="fixed_small"')
     comparison = before_and_after(output, validation.prompts, validation.sizes) if validation else None
     if comparison:
         lines.append(f"  {_shown(comparison)}    before and after")
-    if run.accelerator.trackers:
+    if job.config.run.report_to == "tensorboard":
         lines.append(f"  {_shown(output / 'logs')}    curves: tensorboard --logdir {_shown(output / 'logs')}")
+    run.accelerator.end_training()
     print("\n".join([f"\nFinished after {run.step:,} steps.", *lines]))
 
 

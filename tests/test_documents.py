@@ -105,7 +105,8 @@ def test_both_front_doors_end_in_the_same_config(backends, tmp_path):
 
 def test_the_dataloader_json_means_what_it_says(backends, tmp_path):
     config = load(["--model_type=deepfloyd-lora"]).config
-    (image,), (text,) = (loaded := load_backends(Path(backends), config)).images, loaded.text_embeds
+    loaded = load_backends(Path(backends), config)
+    (image,), (text,) = loaded.images, loaded.text_embeds
     assert (image.id, image.instance_data_dir, image.repeats) == ("primary-dataset", tmp_path, 1)
     assert (image.crop, image.crop_aspect, image.crop_style) == (True, "square", "random")
     assert (image.resolution, image.resolution_type) == (64, "pixel")
@@ -113,7 +114,7 @@ def test_the_dataloader_json_means_what_it_says(backends, tmp_path):
     assert (image.caption_strategy, image.prepend_instance_prompt) == ("instanceprompt", False)
     assert image.instance_prompt == "Your Subject Trigger Phrase or Word"
     assert text.cache_dir == Path("/training/cache/deepfloyd/text/dreambooth")
-    assert loaded.text_embeds_of(image) == text
+    assert image.text_embeds == text.id
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.config.env import flags_from_exports
-from helpers.config.load import as_json, load
+import train_sd2x
+from helpers.config.env import command_line, flags_from_exports
+from helpers.config.load import ConfigError, as_json, load
 from helpers.config.options import ROWS
 
 # A value other than the default for each option, as a shell and as JSON would hold it, and what it needs beside it.
@@ -32,6 +33,7 @@ VALUES = {
     "instance_prompt": ("a $5 \"bill\"", "a $5 \"bill\""),
     "caption_dropout_probability": ("0.2", 0.2),
     "text_encoder_batch_size": ("2", 2),
+    "text_encoder_device": ("cpu", "cpu"),
     "train_batch_size": ("1", 1),
     "gradient_accumulation_steps": ("2", 2),
     "max_train_steps": ("10", 10),
@@ -39,6 +41,7 @@ VALUES = {
     "max_grad_norm": ("0", 0),
     "gradient_checkpointing": ("yes", True),
     "mixed_precision": ("no", "no"),
+    "train_variance": ("no", False),
     "pure_bf16": ("TRUE", True),
     "attention_mechanism": ("xformers", "xformers"),
     "seed": ("7", 7),
@@ -105,6 +108,18 @@ def test_an_export_a_flag_and_a_key_give_the_same_config(name, tmp_path):
     if name not in SAME_AS_DEFAULT:
         default = load(["--model_type=deepfloyd-lora"])
         assert as_json(by_flag)["options"][name] != as_json(default)["options"][name], "the value must arrive"
+
+
+def test_both_doors_report_the_flags_and_the_dataloader_json_in_one_list(tmp_path, capsys):
+    path = tmp_path / "backends.json"
+    path.write_text('[{"id": "a", "instance_data_dir": "/nowhere"}]', encoding="utf-8")
+    assert train_sd2x.main(["--model_type=deepfloyd-lora", f"--data_backend_config={path}", "--lr_ned=1"]) == 2
+    said = capsys.readouterr().err
+    assert "There are 2 problems" in said and "/nowhere" in said and "did you mean --lr_end?" in said
+    with pytest.raises(ConfigError) as caught:
+        exports = {"MODEL_TYPE": "deepfloyd-lora", "DATALOADER_CONFIG": str(path), "LORA_RANK": "x"}
+        command_line(["--lr_ned=1"], exports, frozenset(), "python")
+    assert len(caught.value.problems) == 3
 
 
 def test_the_config_holds_the_value_under_its_groups_name():

@@ -7,7 +7,7 @@ import pytest
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 LAYERS = {
-    "sizes": -1, "config": 0, "images": 1, "captions": 1, "diffusion": 1,
+    "sizes": -1, "files": -1, "config": 0, "images": 1, "captions": 1, "diffusion": 1,
     "models": 2, "caching": 3, "data": 4, "training": 5, "validation": 6, "trainer": 7,
 }  # fmt: skip
 # What a leaf must do without, so that it stays light and free of options.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -153,7 +154,22 @@ def test_the_demo_runs_its_own_env_file_with_flags_behind_it(project):
     assert options(run(project, "--demo", "--lora_rank=3", env_file="exit 9"))["seed"] == 5
     assert options(run(project, "--demo", "other"))["seed"] == 6
     assert "there is no such demo" in run(project, "--demo", "none").stderr
-    assert run(project, "--lora_rank=3", "--demo").returncode == 2
+
+
+@pytest.mark.parametrize("typed, words", [
+    ("--lora_rank=3 --demo", "./train.sh --demo --lora_rank=3"),
+    ("--lora_rank 3 --demo other --dry_run", "./train.sh --demo other --lora_rank 3 --dry_run"),
+    ("--validation_prompt='a cat' --demo", r"./train.sh --demo --validation_prompt=a\ cat"),
+    ("--demo other --seed=1 --demo", "./train.sh --demo other --seed=1"),
+])
+def test_a_demo_typed_late_is_answered_with_a_command_that_works(project, typed, words):
+    demo = project / "examples/demo"
+    demo.mkdir(parents=True)
+    for name in ("sd2x-env.sh", "sd2x-env-other.sh"):
+        (demo / name).write_text(LORA)
+    result = run(project, *shlex.split(typed))
+    assert result.returncode == 2 and result.stderr.endswith(f": {words}\n")
+    assert run(project, *shlex.split(words)[1:]).returncode == 0
 
 
 def test_help_prints_the_table(project):

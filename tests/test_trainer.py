@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ from diffusers import DiffusionPipeline, IFPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from helpers.models import loading
+from helpers.models.text import T5Encoder
 from helpers.training import checkpoints
+from helpers.validation.render import Validation
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -232,6 +236,107 @@ def test_another_runs_checkpoint_is_refused_by_the_options_that_differ(trainer, 
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "output").rglob("*")) == before
 
 
+def test_a_dataset_of_damaged_images_is_refused_before_the_text_encoder_loads(trainer, tmp_path, photos, capfd):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    for path in photos.glob("*.jpg"):
+        (folder / path.name).write_bytes(path.read_bytes()[:2000])
+    dataloader = tmp_path / "damaged.json"
+    dataloader.write_text(json.dumps([{"id": "damaged", "instance_data_dir": str(folder)}]), "utf-8")
+    assert trainer(data_backend_config=dataloader) == 2
+    text = "".join(capfd.readouterr())
+    assert "'damaged'" in text and "is damaged" in text and "captions to encode" not in text
+    assert not (tmp_path / "output").exists()
+
+
+def test_left_out_images_are_listed_and_the_dataset_is_only_read(trainer, tmp_path, photos):
+    folder = shutil.copytree(photos, tmp_path / "mixed")
+    [first, second, *_] = sorted(folder.glob("*.jpg"))
+    first.write_bytes(first.read_bytes()[:2000])
+    (folder / "page.jpg").write_bytes(b"<html>")
+    second.with_suffix(".txt").unlink()
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    dataloader = tmp_path / "mixed.json"
+    entry = {"id": "mixed", "instance_data_dir": str(folder), "caption_strategy": "textfile"}
+    dataloader.write_text(json.dumps([entry]), "utf-8")
+    assert trainer(data_backend_config=dataloader) == 0
+    report = json.loads((tmp_path / "output" / "left_out.json").read_text())["mixed"]
+    reasons = {Path(item["path"]).name: item["reason"] for item in report}
+    assert reasons.keys() == {first.name, second.name, "page.jpg"}
+    assert "damaged" in reasons[first.name] and "no caption" in reasons[second.name]
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.rglob("*")} == before
+
+
+def test_a_cache_that_cannot_be_written_is_refused_in_words(trainer, capsys):
+    assert trainer(cache_dir="/proc/cache") == 2
+    assert "CACHE_DIR" in capsys.readouterr().err
+
+
+def test_an_error_in_validation_is_reported_and_training_goes_on(trainer, tmp_path, monkeypatch, capfd):
+    def fail(*_: object) -> None:
+        raise RuntimeError("no pictures today")
+
+    monkeypatch.setattr(Validation, "_render", fail)
+    assert trainer(validation_prompt="a cat", validation_steps=1) == 0
+    text = "".join(capfd.readouterr())
+    assert "no pictures today" in text and "training goes on" in text
+    assert (tmp_path / "output" / ADAPTER).exists()
+
+
+def test_validation_images_reach_tensorboard(trainer, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert trainer(validation_prompt="a cat", report_to="tensorboard", tracker_run_name="mine") == 0
+    folder = tmp_path / "output" / "logs" / "floydtuner" / "mine"
+    [events] = [path for path in folder.rglob("events.out*") if path.parent == folder]
+    images = EventAccumulator(str(events)).Reload().Images("validation")
+    assert [image.step for image in images] == [0, 2]
+
+
+def test_negative_prompt_and_guidance_change_the_picture(trainer, tmp_path):
+    pictures = []
+    for number, flags in enumerate([{}, {"validation_negative_prompt": "blurry"}, {"validation_guidance": 2}]):
+        trainer(output_dir=tmp_path / str(number), validation_prompt="a cat", max_train_steps=1, **flags)
+        pictures.append((tmp_path / str(number) / "validation_images" / "step_0" / "a_cat_64x64.png").read_bytes())
+    assert len(set(pictures)) == 3
+
+
+def test_the_text_encoder_is_freed_before_the_unet_is_loaded(trainer, monkeypatch):
+    encoders, load = [], loading.load
+
+    def remember(self: T5Encoder, *arguments: object) -> None:
+        original(self, *arguments)
+        encoders.append(weakref.ref(self.model))
+
+    def check(*arguments: object) -> object:
+        assert encoders and all(encoder() is None for encoder in encoders)
+        return load(*arguments)
+
+    original = T5Encoder.__init__
+    monkeypatch.setattr(T5Encoder, "__init__", remember)
+    monkeypatch.setattr(loading, "load", check)
+    assert trainer() == 0
+    assert len(encoders) == 1
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_own_code_and_saves_nothing(trainer, tmp_path, capfd):
+    # A rate that throws the weights out of float32's range.
+    flags = {"model_type": "deepfloyd-full", "lora_rank": None, "learning_rate": 1e30, "max_grad_norm": 0}
+    assert trainer(**flags, max_train_steps=50, lr_scheduler="constant", checkpointing_steps=1) == 3
+    assert "LEARNING_RATE" in capfd.readouterr().err
+    for folder in checkpoints.found(tmp_path / "output"):
+        for name, tensor in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
+            assert torch.isfinite(tensor).all(), name
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(trainer, tmp_path):
+    assert trainer(max_train_steps=3, checkpointing_steps=1) == 0
+    assert trainer(max_train_steps=3, resume_from_checkpoint="checkpoint-1", checkpoints_total_limit=1) == 0
+    output = tmp_path / "output"
+    assert [path.name for path in checkpoints.found(output)] == ["checkpoint-3"]
+    assert {path.name for path in (output / "abandoned").iterdir()} == {"checkpoint-2", "checkpoint-3"}
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
     tmp_path, tiny_model, dataloader, number, code
@@ -249,8 +354,8 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
         assert process.wait(60) == code
     [checkpoint] = checkpoints.found(tmp_path / "output")
     text = errors.read_text()
-    assert f"saved at step {checkpoint.name.removeprefix('checkpoint-')}" in text
-    assert "--resume_from_checkpoint=latest" in text
+    assert f"Saved at step {checkpoint.name.removeprefix('checkpoint-')}" in text
+    assert f"--output_dir={tmp_path / 'output'} --resume_from_checkpoint=latest" in text
 
 
 def test_accelerate_launch_is_a_door_too(tmp_path, tiny_model, dataloader):

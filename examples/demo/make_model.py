@@ -89,8 +89,8 @@ def tokenizer(folder: Path) -> T5Tokenizer:
 
 
 def text_encoder(vocabulary: int) -> T5EncoderModel:
-    """A random T5 in bfloat16, as it is used: it never learns, and need not, for its outputs differ by word."""
-    encoder = T5EncoderModel(
+    """A random T5: it never learns, and need not, for its outputs differ by word."""
+    return T5EncoderModel(
         T5Config(
             vocab_size=vocabulary,
             d_model=TEXT_WIDTH,
@@ -101,8 +101,7 @@ def text_encoder(vocabulary: int) -> T5EncoderModel:
             feed_forward_proj="gated-gelu",
             dropout_rate=0.0,
         )
-    )
-    return encoder.to(torch.bfloat16).eval()
+    ).eval()
 
 
 def make(folder: Path, seed: int = 0) -> IFPipeline:

@@ -8,11 +8,18 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from tqdm import tqdm
 
 from helpers.caching.store import ShardStore, Writer
+
+NAMED = 3
+"""How many of the captions that are too long the console names."""
+
+EXAMPLE_LETTERS = 60
+"""How much of such a caption it shows."""
 
 
 class NonFiniteEmbedding(ValueError):
@@ -41,21 +48,26 @@ class EmbedCache:
         encode: Callable[[Sequence[str]], torch.Tensor],
         length_of: Callable[[str], int],
         batch_size: int,
+        limit: int = 77,
     ) -> None:
         """Encode what is missing; `encode` returns bf16 [B, 77, D] and `length_of` the tokens of a text.
 
         Batches hold texts of like length, the longest first: an encoder that does not fit fails at once and the
-        announced time is not exceeded. An interrupted build keeps what it had encoded.
+        announced time is not exceeded. An interrupted build keeps what it had encoded. Texts of more than `limit`
+        tokens, which the encoder cuts, are told before it starts.
 
         Raises:
             NonFiniteEmbedding: the encoder overflowed.
         """
-        wanted = sorted(self.missing(texts), key=length_of, reverse=True)
+        lengths = {text: length_of(text) for text in self.missing(texts)}
+        wanted = sorted(lengths, key=lengths.__getitem__, reverse=True)
         if not wanted:
             return
         if self.store.damaged:
             tqdm.write(self.store.damage())
         tqdm.write(f"Text embeds: {len(wanted):,} captions to encode, in batches of {batch_size}")
+        if cut := [text for text in wanted if lengths[text] > limit]:
+            tqdm.write(_cut(cut, lengths[cut[0]], limit))
         with self.store.writer() as writer, tqdm(total=len(wanted), desc="text embeds", unit="caption") as bar:
             for start in range(0, len(wanted), batch_size):
                 batch = wanted[start : start + batch_size]
@@ -118,6 +130,14 @@ def _add(writer: Writer, texts: Sequence[str], embeds: torch.Tensor) -> None:
                 "bf16 or fp32; if it was, its weights are damaged"
             )
         writer.add(text_key(text), row)
+
+
+def _cut(texts: Sequence[str], longest: int, limit: int) -> str:
+    examples = ", ".join(repr(shorten(text, EXAMPLE_LETTERS, placeholder=" ...")) for text in texts[:NAMED])
+    return (
+        f"Text embeds: {len(texts):,} captions have more than the {limit} tokens that are read (the longest {longest}),"
+        f" and what comes after those is not learned: {examples}{', ...' if len(texts) > NAMED else ''}"
+    )
 
 
 def _announcement(first: torch.Tensor, total: int, seconds: float) -> str:

@@ -16,7 +16,8 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from helpers.caching.store import ShardStore, write_whole
+from helpers.caching.store import ShardStore
+from helpers.files import write_whole
 from helpers.images.loading import Unreadable, load
 from helpers.sizes import Size
 

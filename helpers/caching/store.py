@@ -12,8 +12,6 @@ import json
 import mmap
 import os
 import re
-import secrets
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +22,8 @@ import numpy as np
 import torch
 from safetensors.torch import save
 
+from helpers.files import delete_stale_partials, write_whole
+
 FORMAT = "shards-1"
 SHARD_BYTES = 256 * 1024**2
 SHARD_RECORDS = 4096
@@ -31,8 +31,6 @@ SHARD_RECORDS = 4096
 _NAME_LENGTH = 40  # 160 bits of SHA-256, the fastest of the strong hashes where the CPU has instructions for it
 _SHARD_NAME = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}\.safetensors")
 _KEY = re.compile(r"[0-9a-f]{8,}")
-_PARTIAL_PREFIX, _PARTIAL_SUFFIX = ".floydtuner-", ".partial"
-_STALE_SECONDS = 24 * 3600  # a shard is written in seconds: a partial file a day old has no writer left
 _OPEN_FILES = 256  # shards that stay mapped; far below the usual limit of 1,024 open files for a process
 
 
@@ -65,7 +63,7 @@ class ShardStore:
         self.damaged: tuple[Path, ...] = ()
         self.foreign: tuple[Path, ...] = ()
         folder.mkdir(parents=True, exist_ok=True)
-        _delete_stale_partials(folder)
+        delete_stale_partials(folder)
         self._open_shards(sorted(path for path in folder.iterdir() if _SHARD_NAME.fullmatch(path.name)))
 
     def _open_shards(self, paths: list[Path]) -> None:
@@ -225,32 +223,3 @@ def _checksum(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()[:_NAME_LENGTH]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a crash or a loss of power leaves the old one or the new one, never a part."""
-    partial = path.parent / f"{_PARTIAL_PREFIX}{os.getpid()}-{secrets.token_hex(8)}{_PARTIAL_SUFFIX}"
-    try:
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _delete_stale_partials(folder: Path) -> None:
-    for path in folder.glob(f"{_PARTIAL_PREFIX}*{_PARTIAL_SUFFIX}"):
-        if path.is_file() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            path.unlink(missing_ok=True)

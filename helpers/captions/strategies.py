@@ -5,6 +5,8 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
+from helpers.files import printable
+
 STRATEGIES = ("filename", "textfile", "instanceprompt")
 MAX_BYTES = 1_000_000
 """The largest caption file that is read. Longer ones are something else under that name."""
@@ -58,25 +60,26 @@ def _from_filename(path: Path) -> tuple[str, ...]:
 
 
 def _from_textfile(path: Path) -> tuple[str, ...]:
+    name = printable(path.name)
     try:
         text = _read(path)
     except FileNotFoundError as error:
-        raise MissingCaption(f"there is no {path.name}") from error
+        raise MissingCaption(f"there is no {name}") from error
     except UnicodeDecodeError as error:
-        raise MissingCaption(f"{path.name} is not UTF-8 text") from error
+        raise MissingCaption(f"{name} is not UTF-8 text") from error
     except OSError as error:
-        raise MissingCaption(f"{path.name} cannot be read: {error.strerror}") from error
+        raise MissingCaption(f"{name} cannot be read: {error.strerror}") from error
     captions = tuple(line for line in map(str.strip, text.splitlines()) if line)
     if not captions:
-        raise MissingCaption(f"{path.name} is empty")
+        raise MissingCaption(f"{name} is empty")
     return captions
 
 
 def _read(path: Path) -> str:
-    found = path.stat()
+    found, name = path.stat(), printable(path.name)
     if not stat.S_ISREG(found.st_mode):
-        raise MissingCaption(f"{path.name} is not a regular file")
+        raise MissingCaption(f"{name} is not a regular file")
     if found.st_size > MAX_BYTES:
-        raise MissingCaption(f"{path.name} is larger than {MAX_BYTES} bytes")
+        raise MissingCaption(f"{name} is larger than {MAX_BYTES} bytes")
     # Windows editors put a byte order mark before UTF-8; it is no part of the caption.
     return path.read_text(encoding="utf-8-sig")

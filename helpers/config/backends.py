@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -92,7 +93,8 @@ class ImageBackend(Group):
     crop: Switch = Field(True, description="Crop to the target size; false: keep the aspect, trim centred.")
     crop_aspect: Literal["square", "preserve", "random"] = Field(
         "square", description="The aspect of crops: square, the image's own, or drawn from crop_aspect_buckets.")
-    crop_aspect_buckets: Aspects = Field((), description="Aspects of random crops: numbers, or {aspect, weight}.")
+    crop_aspect_buckets: Aspects = Field((), description=(
+        'Aspects (width / height) of random crops: `[1.0, 0.75]`, or `[{"aspect": 1.0, "weight": 2}, ...]`.'))
     crop_style: Literal["random", "center", "centre", "corner"] = Field(
         "random", description="Where a crop is taken.")
     resolution: Extent = _inherited("resolution", gt=0)
@@ -131,13 +133,12 @@ class Backends:
     images: tuple[ImageBackend, ...]
     text_embeds: tuple[TextEmbedsBackend, ...]
 
-    def text_embeds_of(self, image: ImageBackend) -> TextEmbedsBackend:
-        """The embed cache that `image` uses."""
-        return next(text for text in self.text_embeds if text.id == image.text_embeds)
 
-
-def load_backends(path: Path, config: Config) -> Backends:
+def load_backends(path: Path, config: Config, refused: AbstractSet[str] = frozenset()) -> Backends:
     """Read a dataloader JSON; keys that an entry lacks come from the flags of the same name.
+
+    Args:
+        refused: options whose values are wrong: what an entry inherits from them is not held against it.
 
     Raises:
         ConfigError: with all problems, each naming the file, the entry's id and the key.
@@ -146,7 +147,7 @@ def load_backends(path: Path, config: Config) -> Backends:
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError([f'{path}: needs an array of objects: [{{"id": ..., "instance_data_dir": ...}}]'])
     problems = _id_problems(entries)
-    parsed = [_parse(entry, place, config, problems) for place, entry in enumerate(entries, start=1)]
+    parsed = [_parse(entry, place, config, refused, problems) for place, entry in enumerate(entries, start=1)]
     enabled = [item for item in parsed if item is not None and not item.disabled]
     images = [item for item in enabled if isinstance(item, ImageBackend)]
     texts = [item for item in enabled if isinstance(item, TextEmbedsBackend)]
@@ -173,7 +174,7 @@ def _id_problems(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _parse(
-    entry: Mapping[str, Any], place: int, config: Config, problems: list[str]
+    entry: Mapping[str, Any], place: int, config: Config, refused: AbstractSet[str], problems: list[str]
 ) -> ImageBackend | TextEmbedsBackend | None:
     """The typed entry, or None with what is wrong added to `problems`."""
     where = _place(entry["id"]) if isinstance(entry.get("id"), str) else f"entry number {place}, "
@@ -186,7 +187,8 @@ def _parse(
     item, wrong = _validated(model, own, {**defaults, **inherited})
     words += [f'key "{key}": {sentence}' for key, sentence in wrong.items()]
     if isinstance(item, ImageBackend) and not item.disabled:
-        words += [sentence for keys, sentence in _image_problems(item, config) if not keys & set(wrong)]
+        unsure = set(wrong) | (refused - set(own))
+        words += [sentence for keys, sentence in _image_problems(item, config) if not keys & unsure]
     problems += [where + sentence for sentence in words]
     return item
 
@@ -252,7 +254,7 @@ def _image_problems(image: ImageBackend, config: Config) -> Iterator[tuple[set[s
         yield {"instance_data_dir"}, f'key "instance_data_dir": {words}'
     words = resolution_problem(image.resolution, image.resolution_type, config.family)
     if words:
-        yield {"resolution", "resolution_type"}, f'key "resolution": {words}'
+        yield {"resolution", "resolution_type", "model_type"}, f'key "resolution": {words}'
     if (image.crop_aspect == "random") != bool(image.crop_aspect_buckets):
         yield {"crop_aspect", "crop_aspect_buckets"}, (
             f'key "crop_aspect_buckets": found {len(image.crop_aspect_buckets)} aspects beside crop_aspect '

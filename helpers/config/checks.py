@@ -21,10 +21,6 @@ class Problem(NamedTuple):
         return f"{ROWS[self.options[0]].label}: {self.words}"
 
 
-BF16_BETA2 = 0.99
-"""The slowest decay that a second moment in bf16 follows: at 0.999 adamw_bf16 makes 5.5 % less than its movement."""
-
-
 def problems(config: Config) -> Iterator[Problem]:
     """All that is wrong with a config whose values are right one by one."""
     yield from _an_end(config)
@@ -100,7 +96,7 @@ def _validation_sizes(config: Config) -> Iterator[Problem]:
 
 
 def _precision(config: Config) -> Iterator[Problem]:
-    precision = config.training.mixed_precision
+    precision, optimizer = config.training.mixed_precision, config.optimizer
     if precision not in config.family.mixed_precisions:
         yield Problem(
             ("mixed_precision", "model_type"),
@@ -109,15 +105,10 @@ def _precision(config: Config) -> Iterator[Problem]:
     if config.training.pure_bf16 and precision == "no":
         yield Problem(
             ("pure_bf16", "mixed_precision"),
-            "found true beside mixed_precision no, which is float32: set mixed_precision to bf16, or pure_bf16 to false",
+            "found true beside mixed_precision no, which is float32: "
+            "set mixed_precision to bf16, or pure_bf16 to false",
         )
-    if config.optimizer.optimizer == "adamw_bf16" and config.training.pure_bf16 and config.optimizer.adam_beta2 > BF16_BETA2:
-        yield Problem(
-            ("adam_beta2", "optimizer", "pure_bf16"),
-            f"found {config.optimizer.adam_beta2:g}, but bf16 states are too coarse to follow a mean that slow: "
-            f"type {BF16_BETA2:g} or less, or set pure_bf16 to false",
-        )
-    if config.training.pure_bf16 and config.optimizer.optimizer == "adamw":
+    if config.training.pure_bf16 and optimizer.optimizer == "adamw":
         yield Problem(
             ("optimizer", "pure_bf16"),
             "found 'adamw' beside pure_bf16, where bf16 weights would round most of its steps away: "
@@ -126,13 +117,25 @@ def _precision(config: Config) -> Iterator[Problem]:
 
 
 def _learning_rate(config: Config) -> Iterator[Problem]:
-    options = config.optimizer
+    options, steps = config.optimizer, config.training.max_train_steps
     decays = not options.lr_scheduler.startswith("constant")
     if decays and options.lr_end > options.learning_rate:
         yield Problem(
             ("lr_end", "learning_rate", "lr_scheduler"),
             f"found {options.lr_end:g}, above the learning_rate of {options.learning_rate:g} "
             "that it is reached from: type a smaller one",
+        )
+    if not decays and options.lr_end:
+        yield Problem(
+            ("lr_end", "lr_scheduler"),
+            f"found {options.lr_end:g} beside lr_scheduler {options.lr_scheduler!r}, which never goes there: "
+            "remove it, or type cosine or another schedule that decays",
+        )
+    if steps and options.lr_warmup_steps >= steps:
+        yield Problem(
+            ("lr_warmup_steps", "max_train_steps"),
+            f"found {options.lr_warmup_steps}, but training ends after the {steps} of "
+            f"{ROWS['max_train_steps'].label}, before the learning rate has risen: type a smaller number",
         )
     if options.lr_scheduler == "constant" and options.lr_warmup_steps:
         yield Problem(

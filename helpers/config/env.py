@@ -13,9 +13,8 @@ from collections.abc import Set as AbstractSet
 
 from pydantic import ValidationError
 
-from helpers.config.backends import load_backends
 from helpers.config.later import LATER_EXPORTS, LATER_PREFIXES, prefixed_problem
-from helpers.config.load import exported, load, read_flags
+from helpers.config.load import ONE_PROCESS, exported, load_all, read_flags
 from helpers.config.options import LAUNCH_ROWS, ROWS, Config, LaunchOptions
 from helpers.config.problems import ConfigError, found, invalid_values, letters_apart
 
@@ -48,16 +47,16 @@ def command_line(argv: Sequence[str], environ: Mapping[str, str], outer: Abstrac
     """
     problems = [*misspelled(environ, outer), *_later_problems(environ)]
     launch = _launch_options(environ, problems)
-    typed = [*_split(launch.trainer_args, "trainer_args", problems), *argv]
+    accelerate_args = _split(launch.accelerate_args, "accelerate_args", problems)
+    typed = [*_trainer_args(launch, problems), *argv]
     flags = [*flags_from_exports(environ, typed, problems), *typed]
     try:
-        config = load(flags).config
-        load_backends(config.data.data_backend_config, config)
+        config = load_all(flags)[0].config
     except ConfigError as error:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return [python, *_accelerate(launch, config), "train_sd2x.py", *flags]
+    return [python, *_accelerate(launch, accelerate_args, config), "train_sd2x.py", *flags]
 
 
 def flags_from_exports(environ: Mapping[str, str], typed: Sequence[str], problems: list[str]) -> list[str]:
@@ -83,18 +82,18 @@ def misspelled(environ: Mapping[str, str], outer: AbstractSet[str]) -> list[str]
 
     Names that the env file did not set belong to the user's shell, so only long ones are taken for slips there.
     """
+    meant = {name: _meant(name, 12 if name in outer else 6) for name in sorted(environ)}
+    return [f"export {name}: not an option; did you mean {own}?" for name, own in meant.items() if own]
+
+
+def _meant(name: str, shortest: int) -> str | None:
+    """Which of our exports, of so many letters or more, `name` is a slip of."""
     ours = known_exports()
-    problems = []
-    for name in sorted(environ):
-        if name in ours or _is_strange(name) or name.startswith(tuple(LATER_PREFIXES)):
-            continue
-        shortest = 12 if name in outer else 6
-        near = [own for own in ours if len(own) >= shortest and abs(len(own) - len(name)) <= LETTERS]
-        near = [own for own in near if letters_apart(name, own) <= LETTERS]
-        if near:
-            closest = min(near, key=lambda own: letters_apart(name, own))
-            problems.append(f"export {name}: not an option; did you mean {closest}?")
-    return problems
+    if name in ours or _is_strange(name):
+        return None
+    near = [own for own in ours if len(own) >= shortest and abs(len(own) - len(name)) <= LETTERS]
+    near = [own for own in near if letters_apart(name, own) <= LETTERS]
+    return min(near, key=lambda own: (letters_apart(name, own), own)) if near else None
 
 
 def strange(environ: Mapping[str, str], outer: AbstractSet[str]) -> list[str]:
@@ -118,7 +117,8 @@ def _is_strange(name: str) -> bool:
 def _later_problems(environ: Mapping[str, str]) -> list[str]:
     ours = known_exports()
     by_name = [row.problem(environ[name]) for name, row in LATER_EXPORTS.items() if name in environ]
-    by_prefix = [prefixed_problem(name, value) for name, value in environ.items() if name not in ours]
+    others = {name: value for name, value in environ.items() if name not in ours and not _meant(name, 12)}
+    by_prefix = [prefixed_problem(name, value) for name, value in others.items()]
     return [problem for problem in (*by_name, *by_prefix) if problem]
 
 
@@ -126,11 +126,15 @@ def _launch_options(environ: Mapping[str, str], problems: list[str]) -> LaunchOp
     values = {name: environ.get(row.exports[0], "").strip() for name, row in LAUNCH_ROWS.items()}
     values = {name: value for name, value in values.items() if value}
     try:
-        return LaunchOptions(**values)
+        launch = LaunchOptions(**values)
     except ValidationError as error:
         wrong = invalid_values(error, LaunchOptions.model_fields)
         problems += [f"{LAUNCH_ROWS[name].label}: {words}" for name, words in wrong.items()]
-        return LaunchOptions(**{name: value for name, value in values.items() if name not in wrong})
+        launch = LaunchOptions(**{name: value for name, value in values.items() if name not in wrong})
+    for name, count in {"num_processes": launch.num_processes, "num_machines": launch.num_machines}.items():
+        if count > 1:
+            problems.append(f"{LAUNCH_ROWS[name].label}: found {count}, but {ONE_PROCESS}: set it to 1")
+    return launch
 
 
 def _split(words: str, name: str, problems: list[str]) -> list[str]:
@@ -141,22 +145,22 @@ def _split(words: str, name: str, problems: list[str]) -> list[str]:
         return []
 
 
-def _accelerate(launch: LaunchOptions, config: Config) -> list[str]:
-    """The words before the script. One process is started directly.
+def _trainer_args(launch: LaunchOptions, problems: list[str]) -> list[str]:
+    words = _split(launch.trainer_args, "trainer_args", problems)
+    if {"--help", "-h"} & set(words):
+        problems.append(f"{LAUNCH_ROWS['trainer_args'].label}: found --help: type ./train.sh --help")
+    return [word for word in words if word not in ("--help", "-h")]
 
-    `accelerate launch` would load torch a second time, and turn every exit code of the trainer into 1 behind a
-    traceback of its own; it is needed only for what it does beyond starting one process.
+
+def _accelerate(launch: LaunchOptions, extra: Sequence[str], config: Config) -> list[str]:
+    """The words before the script, which is started directly where nothing is asked of `accelerate launch`.
+
+    It would load torch a second time, and turn every exit code of the trainer into 1 behind a traceback of its own.
     """
-    several = launch.num_processes > 1 or launch.num_machines > 1
-    if not several and not launch.accelerate_args and launch.dynamo_backend.lower() == "no":
+    if not extra and launch.dynamo_backend.lower() == "no":
         return []
-    problems: list[str] = []
-    extra = _split(launch.accelerate_args, "accelerate_args", problems)
-    if problems:
-        raise ConfigError(problems)
     return [
-        "-m", "accelerate.commands.launch", "--quiet",
-        f"--num_processes={launch.num_processes}", f"--num_machines={launch.num_machines}",
+        "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", "--num_machines=1",
         f"--mixed_precision={config.training.mixed_precision}", f"--dynamo_backend={launch.dynamo_backend}", *extra,
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -23,7 +23,6 @@ class Family:
     key: str
     name: str
     model_family: str
-    stage: int
     flavours: Mapping[str, str] = field(repr=False)
     default_flavour: str
     alignment: int
@@ -39,7 +38,6 @@ DEEPFLOYD_I = Family(
     key="deepfloyd-i",
     name="DeepFloyd IF stage I",
     model_family="deepfloyd",
-    stage=1,
     flavours=MappingProxyType({
         "i-medium-400m": "DeepFloyd/IF-I-M-v1.0",
         "i-large-900m": "DeepFloyd/IF-I-L-v1.0",
@@ -62,6 +60,14 @@ MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
 
 TRAINING_KINDS = ("lora", "full")
 
+NOT_YET: Mapping[str, str] = MappingProxyType({
+    "deepfloyd-stage2": "DeepFloyd IF stage II",
+    "deepfloyd-stage3": "DeepFloyd IF stage III",
+    "ii-": "DeepFloyd IF stage II",
+    "iii-": "DeepFloyd IF stage III",
+})
+"""How the names of other models' types and flavours begin: known, but not trained by this version."""
+
 
 class Contradiction(ValueError):
     """What the model options say does not fit together; `option` is the flag to blame, `str()` says why."""
@@ -77,7 +83,6 @@ class Model:
 
     model_type: str
     family: Family
-    training_kind: str
     flavour: str | None
     name: str
 
@@ -95,7 +100,7 @@ def resolve(
         Contradiction: in words, for names that do not exist and for options that contradict each other.
     """
     full_type = _full_type(model_type, model_family, model_flavour)
-    family, kind = MODEL_TYPES[full_type]
+    family, _ = MODEL_TYPES[full_type]
     if model_family is not None and model_family != family.model_family:
         raise Contradiction(
             "model_family",
@@ -106,26 +111,34 @@ def resolve(
     _check_flavour(flavour, family)
     if model_name is None:
         flavour = flavour or family.default_flavour
-        return Model(full_type, family, kind, flavour, family.flavours[flavour])
+        return Model(full_type, family, flavour, family.flavours[flavour])
     _check_name(model_name, model_flavour, family)
-    return Model(full_type, family, kind, flavour, _local_or_hub(model_name))
+    return Model(full_type, family, flavour, _local_or_hub(model_name))
 
 
 def _full_type(model_type: str | None, model_family: str | None, model_flavour: str | None) -> str:
     if model_type in MODEL_TYPES:
         return model_type
     if model_type is not None and model_type not in TRAINING_KINDS:
-        raise Contradiction("model_type", f"found {model_type!r}, needs {_one_of(MODEL_TYPES, model_type)}")
+        raise Contradiction("model_type", _unknown(model_type, MODEL_TYPES))
     if model_family is None:
-        found = "is not set" if model_type is None else f"found {model_type!r} without a model_family"
-        raise Contradiction("model_type", f"{found}, needs {_one_of(MODEL_TYPES, model_type)}")
+        raise Contradiction("model_type", _without_family(model_type))
     kind = model_type or "lora"
     rows = {name: row for name, row in MODEL_TYPES.items() if row[0].model_family == model_family}
     if not rows:
         families = {family.model_family for family, _ in MODEL_TYPES.values()}
-        raise Contradiction("model_family", f"found {model_family!r}, needs {_one_of(families, model_family)}")
+        raise Contradiction("model_family", _unknown(model_family, families))
     flavoured = [name for name, row in rows.items() if row[1] == kind and model_flavour in row[0].flavours]
     return flavoured[0] if flavoured else next(name for name, row in rows.items() if row[1] == kind)
+
+
+def _without_family(kind: str | None) -> str:
+    if kind is None:
+        return f"is not set, needs {_one_of(MODEL_TYPES)}"
+    return (
+        f"found {kind!r} without a model_family, which is the name of a Stable Diffusion model: this version does not "
+        f"train it yet; type {_one_of(MODEL_TYPES)}, or set model_family to {DEEPFLOYD_I.model_family} beside it"
+    )
 
 
 def _flavour_of(model_name: str | None, family: Family) -> str | None:
@@ -134,9 +147,7 @@ def _flavour_of(model_name: str | None, family: Family) -> str | None:
 
 def _check_flavour(flavour: str | None, family: Family) -> None:
     if flavour is not None and flavour not in family.flavours:
-        raise Contradiction(
-            "model_flavour", f"found {flavour!r}, {family.name} needs {_one_of(family.flavours, flavour)}"
-        )
+        raise Contradiction("model_flavour", _unknown(flavour, family.flavours, family.name))
 
 
 def _check_name(model_name: str, model_flavour: str | None, family: Family) -> None:
@@ -160,8 +171,16 @@ def _local_or_hub(model_name: str) -> str:
     return str(from_root(model_name)) if looks_local else model_name
 
 
-def _one_of(names: Mapping[str, object] | set[str], found: str | None) -> str:
-    close = get_close_matches(found or "", list(names), n=1)
-    listed = ", ".join(sorted(names))
-    words = f"one of {listed}" if len(names) > 1 else listed
-    return words + (f" (did you mean {close[0]!r}?)" if close else "")
+def _unknown(name: str, names: Iterable[str], of: str = "") -> str:
+    """What to say of a name that is none of `names`, which belong to `of`."""
+    known = next((model for prefix, model in NOT_YET.items() if name.lower().startswith(prefix)), None)
+    if known is not None:
+        return f"found {name!r}, which is {known}: this version does not train it yet; type {_one_of(names)}"
+    close = get_close_matches(name, list(names), n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"found {name!r}, {of}{' ' if of else ''}needs {_one_of(names)}{hint}"
+
+
+def _one_of(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return f"one of {', '.join(names)}" if len(names) > 1 else names[0]

@@ -1,4 +1,7 @@
-"""From what the user typed to one frozen Config: defaults < config.json < exports < flags, all problems in one list."""
+"""From what the user typed to one frozen Config: defaults < config.json < exports < flags, all problems in one list.
+
+Both doors, train.sh and train_sd2x.py, come in through `load_all`.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from helpers.config.checks import BF16_BETA2
+from helpers.config.backends import Backends, load_backends
 from helpers.config.checks import problems as problems_between
 from helpers.config.docs import help_text
 from helpers.config.families import Contradiction, Model, resolve
 from helpers.config.jsonfile import read_json
 from helpers.config.later import LATER
-from helpers.config.options import GROUPS, ROWS, SWITCH_WORDS, Config, Row, parse_switch
+from helpers.config.options import GROUPS, ROWS, SWITCH_WORDS, Config, ModelOptions, Row, parse_switch
 from helpers.config.paths import from_root
 from helpers.config.problems import ConfigError, did_you_mean, found, invalid_values, needs
 from helpers.sizes import Size
@@ -26,14 +29,15 @@ ENV_FILE_MARK = "FLOYDTUNER_ENV_FILE"
 
 DEFAULT_EPOCHS = 25
 
+ONE_PROCESS = "one process trains for now, with gradient_accumulation_steps for larger batches"
+
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checked config. `sources` says for each option where its value comes from; `config_file` is --config."""
+    """A checked config. `sources` says for each option where its value comes from."""
 
     config: Config
     sources: Mapping[str, str]
-    config_file: Path | None = None
 
 
 class Exported(NamedTuple):
@@ -43,31 +47,71 @@ class Exported(NamedTuple):
     value: str
 
 
-def load(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> Resolved:
-    """Read flags, and the config.json that they may name.
+class _Read(NamedTuple):
+    """What was understood, with every option that is `refused` at its default, and all that is wrong."""
 
-    `environ` gives no values: train.sh has turned exports into flags. It only tells which flags those are.
+    resolved: Resolved
+    refused: set[str]
+    problems: list[str]
+
+
+def load_all(
+    argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
+) -> tuple[Resolved, Backends]:
+    """Read flags, the config.json that they may name, and the dataloader JSON.
+
+    `environ` gives no values: train.sh has turned exports into flags. It only tells which flags those are, and
+    whether a launcher started several processes.
 
     Raises:
-        ConfigError: with all problems.
+        ConfigError: with all problems of all three.
         SystemExit: after printing the options, if --help is among the flags.
     """
+    resolved, refused, problems = _read(argv, environ)
+    problems += _several_processes(environ)
+    config = resolved.config
+    try:
+        if "data_backend_config" not in refused:
+            backends = load_backends(config.data.data_backend_config, config, refused)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return resolved, backends
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> Resolved:
+    """Like `load_all`, without the dataloader JSON."""
+    resolved, _, problems = _read(argv, environ)
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def _read(argv: Sequence[str], environ: Mapping[str, str]) -> _Read:
     if {"--help", "-h"} & set(argv):
         print(help_text())
         raise SystemExit(0)
     flags, problems = read_flags(argv)
     config_file = from_root(flags.pop("config")) if flags.get("config") else None
     keys = _read_config_file(config_file, problems)
+    # Of options that an unreadable file may have set, nothing is known.
+    refused = set(ROWS) - set(flags) if keys is None else set()
+    keys = keys or {}
     values = {**keys, **flags}
     problems += _later_problems(values)
     values = {name: value for name, value in values.items() if name in ROWS}
-    config = _config(values, problems)
-    if problems:
-        raise ConfigError(problems)
+    config = _config(values, refused, problems)
     sources = {name: "default" for name, row in ROWS.items() if row.group in GROUPS}
     sources |= {name: config_file.name for name in keys if name in sources}
     sources |= {name: _flag_source(ROWS[name], value, environ) for name, value in flags.items() if name in sources}
-    return Resolved(config, MappingProxyType(sources), config_file)
+    return _Read(Resolved(config, MappingProxyType(sources)), refused, problems)
+
+
+def _several_processes(environ: Mapping[str, str]) -> list[str]:
+    """accelerate launch and torchrun tell each process their number so."""
+    count = environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in environ else "1"
+    return [] if count in ("", "0", "1") else [f"found {count} processes (WORLD_SIZE), but {ONE_PROCESS}: start one"]
 
 
 def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -114,18 +158,18 @@ def _unknown(shown: str, name: str) -> str:
     return f"{shown}: not an option{hint or '; OPTIONS.md lists them'}"
 
 
-def _read_config_file(path: Path | None, problems: list[str]) -> dict[str, Any]:
-    """The values of config.json; a null counts as not set, `$schema` is for editors."""
+def _read_config_file(path: Path | None, problems: list[str]) -> dict[str, Any] | None:
+    """The values of config.json, None if it cannot be read; a null counts as not set, `$schema` is for editors."""
     if path is None:
         return {}
     try:
         content = read_json(path, ROWS["config"].label)
     except ConfigError as error:
         problems += error.problems
-        return {}
+        return None
     if not isinstance(content, dict):
         problems.append(f"{path}: needs one object of options: {{\"model_type\": ...}}")
-        return {}
+        return None
     content.pop("$schema", None)
     unknown = [name for name in content if name not in LATER and (name not in ROWS or name == "config")]
     problems += [_unknown(f'{path.name}, key "{name}"', name.lstrip("-")) for name in unknown]
@@ -137,9 +181,12 @@ def _later_problems(values: Mapping[str, Any]) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def _config(values: Mapping[str, Any], problems: list[str]) -> Config:
-    """A config of all values that are right by themselves; what is wrong is added to `problems`."""
-    groups, wrong = {}, set()
+def _config(values: Mapping[str, Any], refused: set[str], problems: list[str]) -> Config:
+    """A config of all values that are right by themselves.
+
+    The options that are wrong are added to `refused`, and the words for it to `problems`.
+    """
+    groups = {}
     for group, model in GROUPS.items():
         own = {name: value for name, value in values.items() if name in model.model_fields}
         try:
@@ -148,11 +195,13 @@ def _config(values: Mapping[str, Any], problems: list[str]) -> Config:
             invalid = invalid_values(error, model.model_fields)
             problems += [_invalid(ROWS[name], own[name], words) for name, words in invalid.items()]
             groups[group] = model.model_validate({name: own[name] for name in own if name not in invalid})
-            wrong |= set(invalid)
-    given = set(values) - wrong
-    model = _resolve(groups["model"], wrong, problems)
+            refused |= set(invalid)
+    given = set(values) - refused
+    model = _resolve(groups["model"], refused, problems)
     config = _completed(Config(**groups), given, model)
-    problems += [str(problem) for problem in problems_between(config) if not wrong & set(problem.options)]
+    between = [problem for problem in problems_between(config) if not refused & set(problem.options)]
+    problems += [str(problem) for problem in between]
+    refused |= {problem.options[0] for problem in between}
     problems += _prompt_library_problems(config.validation.validation_prompt_library)
     return config
 
@@ -162,15 +211,16 @@ def _invalid(row: Row, value: object, words: str) -> str:
     return f"{row.label}: " + (f"found {found(value)}; {instead}" if instead else words)
 
 
-def _resolve(options: Any, wrong: set[str], problems: list[str]) -> Model:
+def _resolve(options: ModelOptions, refused: set[str], problems: list[str]) -> Model:
     """The model to train; where there is none, the first family's, so that the other options can be checked."""
     try:
         return resolve(
             options.model_type, options.model_family, options.model_flavour, options.pretrained_model_name_or_path
         )
     except Contradiction as error:
-        problems.append(f"{ROWS[error.option].label}: {error}")
-        wrong.add("model_type")
+        if not refused & set(ModelOptions.model_fields):
+            problems.append(f"{ROWS[error.option].label}: {error}")
+        refused.add("model_type")
         return resolve("deepfloyd-lora", None, None, None)
 
 
@@ -181,13 +231,12 @@ def _completed(config: Config, given: set[str], model: Model) -> Config:
     }
     epochs = 0 if config.training.max_train_steps else DEFAULT_EPOCHS
     optimizer = config.optimizer.optimizer or ("adamw_bf16" if config.training.pure_bf16 else "adamw")
-    beta2 = config.optimizer.adam_beta2 or (BF16_BETA2 if optimizer == "adamw_bf16" else 0.999)
     filled = {
         "model": _model_values(model),
         "data": {name: value for name, value in by_family.items() if ROWS[name].group == "data"},
         "validation": {name: value for name, value in by_family.items() if ROWS[name].group == "validation"},
         "training": {} if "num_train_epochs" in given else {"num_train_epochs": epochs},
-        "optimizer": {"optimizer": optimizer, "adam_beta2": beta2},
+        "optimizer": {"optimizer": optimizer},
     }
     return config.model_copy(update={
         group: getattr(config, group).model_copy(update=values) for group, values in filled.items()

@@ -157,6 +157,8 @@ class DataOptions(Group):
     caption_dropout_probability: Real = option(
         0.1, ge=0, le=1, help="Share of captions replaced by the empty prompt, which guidance needs.")
     text_encoder_batch_size: Whole = option(8, ge=1, unit="captions", help="Captions that are encoded at a time.")
+    text_encoder_device: Literal["auto", "cpu"] = option(
+        "auto", help="Where captions are encoded: auto is the training device.")
 
 
 class TrainingOptions(Group):
@@ -173,6 +175,8 @@ class TrainingOptions(Group):
     mixed_precision: Literal["no", "bf16"] = option(
         "bf16", help="Precision of the computation.",
         refused={"fp16": "DeepFloyd's text encoder and UNet overflow in fp16: type bf16"})
+    train_variance: Switch = option(
+        True, help="Train the learned variance too; without it, inference needs variance_type fixed_small.")
     pure_bf16: Switch = option(False, help="Keep the trained weights and the optimizer's state in bf16 too.")
     attention_mechanism: Literal["sdpa", "xformers"] = option(
         "sdpa", switches={"USE_XFORMERS": "xformers"},
@@ -204,8 +208,7 @@ class OptimizerOptions(Group):
     lr_power: Real = option(1.0, gt=0, help="Power of the polynomial schedule.")
     lr_num_cycles: Real = option(1.0, gt=0, unit="cycles", help="Waves of the sine schedule over the whole run.")
     adam_beta1: Real = option(0.9, ge=0, lt=1, help="Decay of the mean of gradients.")
-    adam_beta2: Real = option(
-        ge=0, lt=1, default_words="0.99 with adamw_bf16, else 0.999", help="Decay of the mean of squared gradients.")
+    adam_beta2: Real = option(0.999, ge=0, lt=1, help="Decay of the mean of squared gradients.")
     adam_epsilon: Real = option(1e-8, gt=0, help="Added to the denominator.")
     adam_weight_decay: Real = option(0.01, ge=0, help="Decoupled weight decay.")
 
@@ -250,8 +253,9 @@ class LaunchOptions(Group):
 
     env_file: str = option("sd2x-env.sh", help="The env file to read: `ENV_FILE=my-env.sh ./train.sh`.")
     num_processes: Whole = option(
-        1, export="TRAINING_NUM_PROCESSES", ge=1, help="Processes (GPUs) to train with, on all machines together.")
-    num_machines: Whole = option(1, export="TRAINING_NUM_MACHINES", ge=1, help="Machines to train with.")
+        1, export="TRAINING_NUM_PROCESSES", ge=1, help="Processes (GPUs) to train with; for now, only 1 is offered.")
+    num_machines: Whole = option(
+        1, export="TRAINING_NUM_MACHINES", ge=1, help="Machines to train with; for now, only 1 is offered.")
     dynamo_backend: str = option(
         "no", export="TRAINING_DYNAMO_BACKEND", help="The backend of torch.compile that accelerate is told.")
     accelerate_args: str = option(

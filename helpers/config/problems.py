@@ -62,6 +62,8 @@ def needs(field: FieldInfo) -> str:
         return "a path"
     if get_origin(kind) is tuple and Size in get_args(kind):
         return "sizes like 64 or 96x64, with commas between them"
+    if get_origin(kind) is tuple:
+        return "a list"
     return "text"
 
 
@@ -88,7 +90,7 @@ def invalid_values(error: ValidationError, fields: Mapping[str, FieldInfo]) -> d
         name = str(item["loc"][0])
         needed = needs(fields[name])
         own = str(item["ctx"]["error"]) if item["type"] == "value_error" else ""
-        if needed in ("text", "true or false") or needed.startswith("sizes"):
+        if needed in ("text", "true or false", "a list") or needed.startswith("sizes"):
             needed = own.removeprefix("needs ") or needed
         choices = needed.removeprefix("one of ").split(", ") if needed.startswith("one of ") else []
         words[name] = f"found {found(item['input'])}, needs {needed}" + did_you_mean(str(item["input"]), choices)

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,14 @@ NAMED = 5
 
 @dataclass(frozen=True)
 class TextCaches:
-    """The embed cache of each text entry of the dataloader JSON, by its id; the default serves all else."""
+    """The embed cache of each text entry of the dataloader JSON, by its id; the default serves all else.
+
+    `prepared` has the text that was encoded for each caption (see `prepare_captions`).
+    """
 
     by_id: Mapping[str, EmbedCache]
     default_id: str
+    prepared: Mapping[str, str]
 
     @property
     def default(self) -> EmbedCache:
@@ -63,15 +67,30 @@ def scan_and_plan(backend: ImageBackend, alignment: int) -> tuple[Dataset, tuple
     return plan_dataset(backend, found, alignment), found.notes
 
 
-def caption_notes(dataset: Dataset, text: T5) -> list[str]:
+def prepare_captions(text: T5, captions: Iterable[str]) -> dict[str, str]:
+    """Every caption, and the empty one, with the text that the encoder reads.
+
+    All else looks it up here: cleaning takes 0.3-0.5 ms a caption, which while training would hold a whole epoch to
+    2,100 samples a second. The memory is about 250 bytes for a caption of 100 letters.
+    """
+    unique = dict.fromkeys([NULL_CAPTION, *captions])
+    bar = tqdm(unique, desc="cleaning captions", unit="caption", leave=False, delay=1)
+    return {caption: _prepared(text, caption) for caption in bar}
+
+
+def _prepared(text: T5, caption: str) -> str:
+    prepared = text.prepare(caption)
+    return caption if prepared == caption else prepared  # one string, not two equal ones
+
+
+def caption_notes(dataset: Dataset, prepared: Mapping[str, str]) -> list[str]:
     """What the text side makes of a dataset's captions that its user should know before training."""
     empty: list[str] = []
     erased: Counter[str] = Counter()
     for caption in dataset.captions():
-        prepared = text.prepare(caption)
-        if not prepared:
+        if not prepared[caption]:
             empty.append(caption)
-        erased.update(erased_words(caption, prepared))
+        erased.update(erased_words(caption, prepared[caption]))
     notes = []
     if empty:
         notes.append(
@@ -96,12 +115,12 @@ def cache_pixels(dataset: Dataset, backend: ImageBackend) -> tuple[Dataset, Pixe
     return dataset.without(pixels.build(dataset.pixel_jobs(backend.downsample_method))), pixels
 
 
-def open_text_caches(text: T5, model: Path, backends: Backends) -> TextCaches:
+def open_text_caches(text: T5, model: Path, backends: Backends, prepared: Mapping[str, str]) -> TextCaches:
     """Open the embed caches that belong to this model's text encoder."""
     fingerprint = text.fingerprint(model)
     by_id = {entry.id: EmbedCache(entry.cache_dir, fingerprint) for entry in backends.text_embeds}
     default = next((entry for entry in backends.text_embeds if entry.default), backends.text_embeds[0])
-    return TextCaches(by_id, default.id)
+    return TextCaches(by_id, default.id, prepared)
 
 
 def cache_texts(
@@ -118,15 +137,12 @@ def cache_texts(
     Args:
         wanted: the captions that each cache must hold, as their users wrote them, by the cache's id.
     """
-    prepared = [
-        (caches.by_id[cache_id], [text.prepare(caption) for caption in captions])
-        for cache_id, captions in wanted.items()
-    ]
-    if not any(cache.missing(texts) for cache, texts in prepared):
+    texts = {cache_id: [caches.prepared[caption] for caption in captions] for cache_id, captions in wanted.items()}
+    if not any(caches.by_id[cache_id].missing(some) for cache_id, some in texts.items()):
         return
     encoder = text.load(model, device, variant)
-    for cache, texts in prepared:
-        cache.build(texts, encoder, encoder.length_of, batch_size)
+    for cache_id, some in texts.items():
+        caches.by_id[cache_id].build(some, encoder, encoder.length_of, batch_size, encoder.length)
     del encoder
     gc.collect()
     if device.type == "cuda":

@@ -18,6 +18,7 @@ import numpy as np
 
 from helpers.data.dataset import Dataset
 from helpers.data.scan import DatasetError, Record
+from helpers.images import bucketing
 from helpers.images.geometry import Plan, crop_box
 from helpers.sizes import Size
 
@@ -69,6 +70,7 @@ class Sampler:
             raise DatasetError("there is no image dataset: the dataloader JSON needs at least one that is not disabled")
         for dataset in datasets:
             dataset.require_images()
+        self._batch_size = batch_size
         self._caption_dropout_probability = caption_dropout_probability
         self._seed = seed
         self._decks = [_Deck(dataset, batch_size, seed) for dataset in datasets]
@@ -95,6 +97,19 @@ class Sampler:
         """How many batches of the epoch come from each dataset, by its id."""
         counts = np.bincount(self._planned(epoch).deck, minlength=len(self._decks))
         return {deck.dataset.id: number for deck, number in zip(self._decks, counts.tolist())}
+
+    def digests(self) -> dict[str, str]:
+        """A hash of each dataset, by its id: what differs since a checkpoint is what was changed."""
+        return {deck.dataset.id: deck.dataset.digest() for deck in self._decks}
+
+    def digest(self) -> str:
+        """A hash of all that the batches depend on: the datasets, batch size, seed and caption dropout.
+
+        Samplers of the same digest give the same batches. Where the digests of all datasets are equal too, it was an
+        option that changed.
+        """
+        words = (self._batch_size, self._seed, float(self._caption_dropout_probability), sorted(self.digests().items()))
+        return _digest(16, *words).hex()
 
     def _batches(self, start: Position) -> Iterator[tuple[Position, BatchPlan]]:
         first = start.batch
@@ -172,20 +187,15 @@ class _Deck:
         self._times = dataset.repeats + 1
         self._style = dataset.rules.box_style
         self._identities = [_identity(seed, dataset, record) for record in dataset.records]
-        targets = sorted({plan.target for plans in dataset.plans for plan in plans})
-        self._target_numbers = {target: number for number, target in enumerate(targets)}
+        self._buckets = bucketing.numbered(plan.target for plans in dataset.plans for plan in plans)
         self._has_choices = any(len(plans) > 1 for plans in dataset.plans)
-        self._first_targets = np.array([self._target_numbers[plans[0].target] for plans in dataset.plans], np.int32)
+        self._first_buckets = np.array([self._buckets[plans[0].target] for plans in dataset.plans], np.int32)
 
     def deal(self, epoch: int) -> _Hand:
         choices = self._choices(epoch) if self._has_choices else None
-        targets = np.repeat(self._first_targets, self._times) if choices is None else self._targets(choices)
-        shuffled = _shuffled(len(targets), self._seed, self.dataset.id, epoch, "cards")
-        cards = shuffled[np.argsort(targets[shuffled], kind="stable")]
-        edges = np.searchsorted(targets[cards], np.arange(len(self._target_numbers) + 1))
-        starts = np.concatenate([np.arange(a, b, self._batch_size) for a, b in zip(edges, edges[1:])])
-        ends = edges[np.searchsorted(edges, starts, side="right")]  # of the bucket that each batch is in
-        stops = np.minimum(starts + self._batch_size, ends)
+        buckets = np.repeat(self._first_buckets, self._times) if choices is None else self._drawn_buckets(choices)
+        shuffled = _shuffled(len(buckets), self._seed, self.dataset.id, epoch, "cards")
+        cards, starts, stops = bucketing.batches(shuffled, buckets, self._batch_size)
         order = _shuffled(len(starts), self._seed, self.dataset.id, epoch, "batches")
         return _Hand(cards, starts[order], stops[order], choices)
 
@@ -207,16 +217,15 @@ class _Deck:
         ]
         return np.array(drawn, np.int16)
 
-    def _targets(self, choices: np.ndarray) -> np.ndarray:
+    def _drawn_buckets(self, choices: np.ndarray) -> np.ndarray:
         plans, times = self.dataset.plans, self._times
-        numbers = [self._target_numbers[plans[i // times][c].target] for i, c in enumerate(choices.tolist())]
+        numbers = [self._buckets[plans[i // times][c].target] for i, c in enumerate(choices.tolist())]
         return np.array(numbers, np.int32)
 
 
 def _identity(seed: int, dataset: Dataset, record: Record) -> bytes:
     """What an image's draws hang on: its content and its path inside the dataset, which may be moved as a whole."""
-    path = str(record.path).removeprefix(str(dataset.folder))
-    return _digest(16, seed, dataset.id, record.content, path)
+    return _digest(16, seed, dataset.id, record.content, dataset.relative(record))
 
 
 def _draws(identity: bytes, epoch: int, repeat: int) -> _Draws:

@@ -15,6 +15,7 @@ from pathlib import Path
 import PIL
 
 from helpers.captions.strategies import MissingCaption, captions_for
+from helpers.files import printable, write_whole
 from helpers.images.loading import NotAnImage, Unreadable, inspect
 from helpers.sizes import Size
 
@@ -177,10 +178,11 @@ def scan(
 def write_left_out(path: Path, left_out: Mapping[str, Iterable[LeftOut]]) -> None:
     """Write the report `left_out.json`: per dataset a list of files with their reasons; replaced as a whole."""
     report = {
-        dataset_id: [{"path": _shown(item.path), "reason": item.reason} for item in items]
+        dataset_id: [{"path": printable(item.path), "reason": item.reason} for item in items]
         for dataset_id, items in left_out.items()
     }
-    _replace(path, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _walk(folder: Path, unreachable: list[LeftOut]) -> Iterator[Found]:
@@ -252,7 +254,7 @@ def _entries(
                     on_progress(start + len(some), len(unknown))
     if len(known.keys() | entries.keys()) > len(entries) or (known and unknown):
         lines = "".join(_index_line(key, entry) for key, entry in entries.items())
-        _replace(index_path, json.dumps(INDEX_HEADER) + "\n" + lines)
+        write_whole(index_path, (json.dumps(INDEX_HEADER) + "\n" + lines).encode("ascii"))
     return entries
 
 
@@ -303,17 +305,6 @@ def _index_line(key: str, entry: Entry) -> str:
     return json.dumps({"path": key, "entry": astuple(entry)}) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one, whatever happens."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
 def _sorted_out(
     dataset_id: str, images: Sequence[Found], entries: Mapping[str, Entry], captions: Captions
 ) -> tuple[list[Record], list[LeftOut]]:
@@ -351,7 +342,7 @@ def _nothing_usable(dataset_id: str, folder: Path, result: Scan, captions: Capti
             "instanceprompt with an instance_prompt"
         )
     if result.found:
-        reasons = "; ".join(f"{_shown(item.path)} {item.reason}" for item in result.left_out[:NAMED])
+        reasons = "; ".join(f"{printable(item.path)} {item.reason}" for item in result.left_out[:NAMED])
         return f"{start}none of the {result.found} images in {str(folder)!r} can be read: {reasons}"
     return f"{start}there are no images in its instance_data_dir {str(folder)!r} ({len(files)} other files)"
 
@@ -373,9 +364,4 @@ def _unread_captions(images: Sequence[LeftOut], files: Sequence[Found]) -> str:
 
 
 def _examples(paths: Sequence[Path]) -> str:
-    return ", ".join(map(_shown, paths[:NAMED])) + (", ..." if len(paths) > NAMED else "")
-
-
-def _shown(path: Path) -> str:
-    """A path that any terminal and JSON reader can take: undecodable bytes as \\xNN."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return ", ".join(map(printable, paths[:NAMED])) + (", ..." if len(paths) > NAMED else "")

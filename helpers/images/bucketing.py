@@ -1,15 +1,37 @@
-"""Images of one target size belong together: only they can share a batch."""
+"""Aspect buckets: only images of one target size can share a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
 
 from helpers.sizes import Size
 
 
-def buckets(targets: Sequence[Size]) -> dict[Size, list[int]]:
-    """The positions of each target size, sizes in ascending order, positions in theirs."""
-    members: dict[Size, list[int]] = {size: [] for size in sorted(set(targets))}
-    for position, size in enumerate(targets):
-        members[size].append(position)
-    return members
+class Batches(NamedTuple):
+    """Batch k is members[starts[k]:stops[k]]; the batches of one bucket follow each other."""
+
+    members: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+
+def numbered(targets: Iterable[Size]) -> dict[Size, int]:
+    """The buckets: each size with its number, by ascending size, whatever the order of the images."""
+    return {size: number for number, size in enumerate(sorted(set(targets)))}
+
+
+def batches(order: np.ndarray, buckets: np.ndarray, batch_size: int) -> Batches:
+    """Cut an order of at least one image into batches of one bucket; what remains of a bucket makes a smaller batch.
+
+    Args:
+        order: the images' indices, as they are to come within each bucket.
+        buckets: the number of each image's bucket, by its index.
+    """
+    members = order[np.argsort(buckets[order], kind="stable")]
+    edges = np.flatnonzero(np.diff(buckets[members], prepend=-1, append=-1))  # where a bucket begins, and the end
+    starts = np.concatenate([np.arange(a, b, batch_size) for a, b in zip(edges, edges[1:])])
+    ends = edges[np.searchsorted(edges, starts, side="right")]  # of the bucket that each batch is in
+    return Batches(members, starts, np.minimum(starts + batch_size, ends))

@@ -98,18 +98,13 @@ class Header:
     has_more_frames: bool
 
 
-def probe(path: Path) -> Size:
-    """The size of an image after EXIF orientation, from its header.
+def inspect(path: Path) -> Header:
+    """The header of an image file.
 
     Raises:
         Unreadable: if it is no regular file, no image, too large, or its header is damaged. Damaged pixels are only
             seen by `load`.
     """
-    return inspect(path).size
-
-
-def inspect(path: Path) -> Header:
-    """The header of an image file; raises as `probe` does."""
     with _opened(path) as image:
         # An MPO is a photograph with its gain map or preview behind it, not an animation.
         more = image.format != "MPO" and getattr(image, "is_animated", False)
@@ -126,7 +121,7 @@ def load(path: Path, size: Size, method: str = "stepwise") -> np.ndarray:
         uint8 [H, W, 3], sRGB, transparency shown on white; the first frame of an animation.
 
     Raises:
-        Unreadable: as `probe`, and if the pixels are damaged or cut short.
+        Unreadable: as `inspect`, and if the pixels are damaged or cut short.
     """
     with _opened(path) as image:
         orientation = _orientation(image)

@@ -89,34 +89,75 @@ class LoRA:
 
 @dataclass(frozen=True)
 class Full:
-    """Every weight of the UNet."""
+    """Every weight of the UNet.
+
+    Attributes:
+        variant: the variant of the base's weight files ("fp16"), or None for the plain ones.
+        trains_variance: whether the learned variance is trained too; without it the pipeline samples with a fixed one.
+    """
+
+    variant: str | None = None
+    trains_variance: bool = True
 
     def attach(self, unet: UNet2DConditionModel, weights_dtype: torch.dtype) -> None:
         unet.to(weights_dtype).requires_grad_(True)
 
     def save_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
-        unet.save_pretrained(folder / "unet")
+        _save_unet(unet, folder / "unet")
 
     def load_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
-        saved = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=unet.dtype)
+        saved = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=unet.dtype, use_safetensors=True)
         unet.load_state_dict(saved.state_dict())
 
     def export(self, unet: UNet2DConditionModel, base: Path, output: Path) -> Path:
         """Write `pipeline/`: the base's other components, copied as files, beside the tuned UNet."""
-        pipeline = output / "pipeline"
-        shutil.rmtree(pipeline, ignore_errors=True)
-        pipeline.mkdir(parents=True)
+        pipeline, partial = output / "pipeline", output / ".pipeline.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         index = json.loads((base / "model_index.json").read_text("utf-8"))
+        index.pop("_name_or_path", None)
         for name, component in index.items():
             if not isinstance(component, list) or name == "unet":
                 continue
             if (base / name).is_dir():
-                shutil.copytree(base / name, pipeline / name)
+                _copy_component(base / name, partial / name, self.variant)
             else:  # an optional component, such as IF's safety checker, that was never fetched
                 index[name] = [None, None]
-        (pipeline / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-        unet.save_pretrained(pipeline / "unet")
-        return pipeline
+        (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        if not self.trains_variance:
+            _change_json(partial / "scheduler" / "scheduler_config.json", variance_type="fixed_small")
+        _save_unet(unet, partial / "unet")
+        shutil.rmtree(pipeline, ignore_errors=True)
+        return partial.rename(pipeline)
+
+
+def _save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    unet.save_pretrained(folder)
+    _change_json(folder / "config.json", _name_or_path=None)  # where the base lay is nobody else's business
+
+
+def _change_json(path: Path, **values: object) -> None:
+    """Set keys of a JSON file; None removes a key."""
+    content = {**json.loads(path.read_text("utf-8")), **values}
+    kept = {key: value for key, value in content.items() if value is not None or key not in values}
+    path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+
+
+def _copy_component(source: Path, target: Path, variant: str | None) -> None:
+    """Copy a component; of its weights only one variant, under the names of the plain one. Pickled ones stay behind."""
+    target.mkdir()
+    infix = f".{variant}" if variant else ""
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        is_weights = path.suffix in (".safetensors", ".bin", ".msgpack", ".h5") or ".index." in path.name
+        is_wanted = path.suffix in (".safetensors", ".json") and (infix in path.name if infix else ".fp16" not in path.name)
+        if is_weights and not is_wanted:
+            continue
+        copy = target / path.relative_to(source)
+        copy = copy.with_name(copy.name.replace(infix, "")) if is_weights and infix else copy
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+        if infix and is_weights and path.suffix == ".json":
+            copy.write_text(copy.read_text("utf-8").replace(infix, ""), "utf-8")
 
 
 def trainable_parameters(unet: torch.nn.Module) -> list[torch.nn.Parameter]:

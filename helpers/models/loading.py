@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from helpers.config.families import Family
 from helpers.diffusion.noising import Schedule, schedule_from_betas
@@ -18,6 +25,7 @@ from helpers.models.spec import Spec
 
 COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer")
 CONFIGS = ["model_index.json", "unet/*.json", "scheduler/*.json", "text_encoder/*.json", "tokenizer/*"]
+SMALLEST_WEIGHTS = 1024  # bytes; any real file of weights is larger, and git LFS's placeholders are smaller
 OPTION = "MODEL_NAME (--pretrained_model_name_or_path)"
 
 
@@ -73,12 +81,21 @@ def _fetch(name: str, revision: str | None, allow: list[str], ignore: list[str] 
         raise WeightsError(f"{OPTION}: there is no folder {name!r}. Type an existing folder, or a model of the hub.")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
-    except (GatedRepoError, RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(_unreachable(name, error)) from error
+    except RevisionNotFoundError as error:
+        raise WeightsError(f"MODEL_REVISION (--revision): {name} on the hub has no revision {revision!r}.") from error
+    except HFValidationError as error:
+        raise WeightsError(f"{OPTION}: {name!r} is neither a folder here nor a name that the hub allows.") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise WeightsError(unreachable(name, error)) from error
 
 
-def _unreachable(name: str, error: Exception) -> str:
-    reason = "needs its licence to be accepted" if isinstance(error, GatedRepoError) else "cannot be reached"
+def unreachable(name: str, error: Exception) -> str:
+    """What to tell a user whose model cannot be had from the hub."""
+    reason = "cannot be reached"
+    if isinstance(error, GatedRepoError):
+        reason = "asks for its licence to be accepted"
+    elif isinstance(error, RepositoryNotFoundError):
+        reason = "does not exist, or not for you"
     return (
         f"{OPTION}: {name!r} is not a folder here, and on the Hugging Face hub it {reason}"
         f" ({type(error).__name__}). Accept the licence at https://huggingface.co/{name} while logged in, then run"
@@ -93,9 +110,9 @@ def check(family: Family, spec: Spec, folder: Path) -> None:
     Raises:
         WeightsError: something is missing, or these are another family's or stage's weights.
     """
-    missing = [name for name in COMPONENTS if not (folder / name).is_dir()]
+    missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
     if missing:
-        raise WeightsError(f"{OPTION}: {folder} has no {', '.join(missing)} folder: it is not a {family.name} pipeline.")
+        raise WeightsError(f"{OPTION}: {folder} has no {', '.join(missing)}: it is not a {family.name} pipeline.")
     unet = _json(folder / "unet" / "config.json")
     wrong = _wrong_unet(spec, unet)
     if wrong:
@@ -112,6 +129,26 @@ def check(family: Family, spec: Spec, folder: Path) -> None:
     prediction = _json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise WeightsError(f"{OPTION}: {folder} predicts {prediction!r}; {family.name} is trained on epsilon.")
+
+
+def check_weight_files(folder: Path, variant: str | None) -> None:
+    """See that the weights themselves are there, in the variant that is asked for, and as safetensors.
+
+    Raises:
+        WeightsError: a file is missing, or is the placeholder that git leaves where its large files were not fetched.
+    """
+    infix = f".{variant}" if variant else ""
+    for stem in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        files = sorted(folder.glob(f"{stem}{infix}.safetensors")) + sorted(folder.glob(f"{stem}{infix}-*.safetensors"))
+        if not files:
+            other = ", ".join(sorted(path.name for path in (folder / stem).parent.iterdir() if path.suffix != ".json"))
+            raise WeightsError(
+                f"{OPTION}: {folder} has no {stem}{infix}.safetensors, it has {other or 'no weights'}. Set MODEL_VARIANT"
+                " (--variant) to the variant that is there; weights in pickled files (.bin) must be converted first."
+            )
+        for path in files:
+            if path.stat().st_size < SMALLEST_WEIGHTS and path.read_bytes().startswith(b"version https://git-lfs"):
+                raise WeightsError(f"{OPTION}: {path} is a placeholder of git LFS: run `git lfs pull` in {folder}.")
 
 
 def _wrong_unet(spec: Spec, unet: dict) -> str | None:
@@ -134,9 +171,16 @@ def _json(path: Path) -> dict:
         raise WeightsError(f"{OPTION}: {path} cannot be read ({error}).") from error
 
 
-def load(spec: Spec, folder: Path, dtype: torch.dtype, variant: str | None) -> Parts:
-    """Read the UNet in `dtype` and the scheduler; the prediction and the variance are the checkpoint's own."""
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant)
+def load(
+    spec: Spec, folder: Path, dtype: torch.dtype, variant: str | None = None, trains_variance: bool = True
+) -> Parts:
+    """Read the UNet in `dtype` and the scheduler; betas and channels are the checkpoint's own.
+
+    Args:
+        trains_variance: train the variance too, where the UNet predicts one.
+    """
+    # Never a pickled file, which diffusers would fall back to.
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant, use_safetensors=True)
     schedule = schedule_from_betas(DDPMScheduler.from_pretrained(folder / "scheduler").betas)
-    learns_variance = unet.config.out_channels == 2 * spec.space.channels
-    return Parts(spec, unet, schedule, EpsilonObjective(schedule, learns_variance))
+    predicts_variance = unet.config.out_channels == 2 * spec.space.channels
+    return Parts(spec, unet, schedule, EpsilonObjective(schedule, predicts_variance and trains_variance))

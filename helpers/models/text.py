@@ -48,7 +48,9 @@ class T5Encoder:
         self.length = length
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         # dtype at load, not a cast after it: T5 keeps some of its weights in float32 on purpose.
-        model = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch.bfloat16, variant=variant)
+        model = T5EncoderModel.from_pretrained(
+            folder / "text_encoder", dtype=torch.bfloat16, variant=variant, use_safetensors=True
+        )
         self.model = model.to(device).eval()
 
     def length_of(self, text: str) -> int:

@@ -31,6 +31,7 @@ IDENTITY = (
     "optimizer",
     "mixed_precision",
     "pure_bf16",
+    "train_variance",
     "train_batch_size",
     "gradient_accumulation_steps",
     "seed",
@@ -70,15 +71,17 @@ def create_accelerator(config: Config) -> Accelerator:
 
 def start_tracker(accelerator: Accelerator, config: Config, options: Mapping[str, Any]) -> None:
     """Open the tracker; the options go with it as plain values."""
-    name = config.run.tracker_run_name or config.run.output_dir.name
     values = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in options.items()}
-    accelerator.init_trackers(config.run.tracker_project_name, values, {"wandb": {"name": name}})
+    project, name = config.run.tracker_project_name, config.run.tracker_run_name
+    if config.run.report_to == "tensorboard" and name:
+        project = f"{project}/{name}"  # TensorBoard knows runs by their folders
+    accelerator.init_trackers(project, values, {"wandb": {"name": name or config.run.output_dir.name}})
 
 
 def adapter_of(config: Config, spec: Spec) -> Adapter:
     """What MODEL_TYPE says is trained."""
     if config.training_kind == "full":
-        return Full()
+        return Full(config.model.variant, config.training.train_variance)
     lora = config.lora
     alpha = lora.lora_alpha if lora.lora_alpha is not None else lora.lora_rank
     return LoRA(spec.pipeline, lora.lora_rank, alpha, lora.lora_dropout, lora.lora_targets)
@@ -112,7 +115,8 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
     training, precision = config.training, precision_of(config.training)
     torch.manual_seed(training.seed)  # the adapter's first values
     whole = isinstance(adapter, Full)
-    parts = loading.load(spec, folder, precision.trained if whole else precision.frozen, config.model.variant)
+    dtype = precision.trained if whole else precision.frozen
+    parts = loading.load(spec, folder, dtype, config.model.variant, training.train_variance)
     adapter.attach(parts.unet, precision.trained)
     if training.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from helpers.models.adapters import Adapter
@@ -30,9 +32,9 @@ def save(output: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state
         state: nested dicts, lists and tuples of tensors and plain values; read back by `load_state`.
     """
     folder = output / f"checkpoint-{step}"
-    partial, replaced = output / f".{folder.name}.partial", output / f".{folder.name}.replaced"
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in output.glob(".checkpoint-*.partial"):
+        shutil.rmtree(leftover)
+    partial = output / f".{folder.name}.partial"
     partial.mkdir(parents=True)
     adapter.save_weights(unet, partial)
     tensors: dict[str, torch.Tensor] = {}
@@ -40,14 +42,31 @@ def save(output: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state
     save_file(tensors, partial / TENSORS)
     for path in [*partial.rglob("*"), partial]:
         _flush(path)
-    if folder.exists():  # a run that went back to an older checkpoint comes by again
-        folder.rename(replaced)
     partial.rename(folder)
     _flush(output)
-    shutil.rmtree(replaced, ignore_errors=True)
     for old in found(output)[:-keep] if keep else []:
         shutil.rmtree(old)
     return folder
+
+
+def set_aside_later(output: Path, checkpoint: Path) -> list[Path]:
+    """Move the checkpoints after this one into `abandoned/`, for a run that goes back to it; returns their new paths.
+
+    They stay, but are no longer taken for the latest, nor pruned, nor in the way of the new ones of the same steps.
+    """
+    later = found(output)[found(output).index(checkpoint) + 1 :]
+    moved = []
+    for folder in later:
+        moved.append(_free(output / "abandoned" / folder.name))
+        moved[-1].parent.mkdir(exist_ok=True)
+        folder.rename(moved[-1])
+    return moved
+
+
+def _free(path: Path) -> Path:
+    """The path itself, or with a number behind it where it is taken."""
+    candidates = (path.with_name(f"{path.name}-{number}" if number else path.name) for number in itertools.count())
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def _flush(path: Path) -> None:
@@ -89,10 +108,17 @@ def choose(output: Path, wanted: str) -> Path | None:
     return output / wanted
 
 
-def load_state(folder: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save` was given as `state`."""
-    packed = json.loads((folder / STATE).read_text("utf-8"))
-    return _unpack(packed, load_file(folder / TENSORS, device=str(device)))
+def load_state(folder: Path) -> dict[str, Any]:
+    """What `save` was given as `state`, on the CPU.
+
+    Raises:
+        CheckpointError: it was not made by this trainer, or is damaged.
+    """
+    packed = _read(folder)
+    try:
+        return _unpack(packed, load_file(folder / TENSORS))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CheckpointError(_unusable(folder, f"{TENSORS}: {error}")) from error
 
 
 def require_same(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -101,7 +127,7 @@ def require_same(folder: Path, identity: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: naming each setting that differs.
     """
-    saved = _unpack(json.loads((folder / STATE).read_text("utf-8")), None)["identity"]
+    saved = _unpack(_read(folder), None).get("identity", {})
     differing = [
         f"--{option} was {saved.get(option)!r} and is now {value!r}"
         for option, value in identity.items()
@@ -112,6 +138,20 @@ def require_same(folder: Path, identity: Mapping[str, Any]) -> None:
             f"{folder} was made with other settings: {'; '.join(differing)}."
             " Set them back to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
         )
+
+
+def _read(folder: Path) -> Any:
+    try:
+        return json.loads((folder / STATE).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(_unusable(folder, f"{STATE}: {error}")) from error
+
+
+def _unusable(folder: Path, reason: str) -> str:
+    return (
+        f"OUTPUT_DIR (--output_dir) holds {folder}, which this trainer did not make or which is damaged ({reason})."
+        " Name another OUTPUT_DIR, or move that folder away."
+    )
 
 
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,10 @@ from helpers.training.schedules import LearningRate
 from helpers.training.step import training_loss
 
 REPORT_SECONDS = 0.5
+
+
+class NonFiniteLoss(Exception):
+    """The loss or a weight is NaN or infinite: nothing can be learned any more; the message says at which step."""
 
 
 @dataclass
@@ -45,23 +50,31 @@ class Run:
         return self.step >= self.total_steps
 
     def state(self) -> dict[str, Any]:
+        kind = self.accelerator.device.type
         return {
             "step": self.step,
             "position": tuple(self.position),
             "optimizer": self.optimizer.state_dict(),
+            "device": kind,
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "device_rng": None if kind == "cpu" else getattr(torch, kind).get_rng_state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken; on another kind of device with other random numbers, which is said."""
         self.step = state["step"]
         self.position = Position(*state["position"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["torch_rng"].cpu())
-        for index, rng in enumerate(state["cuda_rng"]):
-            torch.cuda.set_rng_state(rng.cpu(), index)
+        kind = self.accelerator.device.type
+        if state["device"] != kind:
+            print(f"The checkpoint is from a {state['device']} device: from here on other random numbers are drawn.")
+            self.generator.manual_seed(self.generator.initial_seed() + self.step)
+            return
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["device_rng"] is not None:
+            getattr(torch, kind).set_rng_state(state["device_rng"])
 
 
 def train(
@@ -98,6 +111,19 @@ def train(
                 call(run)
 
 
+def require_finite(run: Run) -> None:
+    """Raise NonFiniteLoss if a trained weight is NaN or infinite, so that such weights are never saved."""
+    if not all(torch.isfinite(parameter).all() for parameter in trainable_parameters(run.unet)):
+        raise NonFiniteLoss(_broken(f"Weights are NaN or infinite at step {run.step}"))
+
+
+def _broken(what: str) -> str:
+    return (
+        f"{what}, so training ends; what was saved before is intact. Lower LEARNING_RATE (--learning_rate), keep"
+        " MAX_GRAD_NORM (--max_grad_norm) at 1, and go on from the last checkpoint."
+    )
+
+
 @dataclass(frozen=True)
 class Every:
     """Do something each `steps` steps (0: never in between), and after the last one."""
@@ -127,9 +153,12 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.draw()
-        self.bar.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            if kind is None:
+                self.draw()
+        finally:
+            self.bar.close()
 
     def add(self, loss: torch.Tensor, samples: int) -> None:
         self.losses.append(loss.detach())
@@ -146,6 +175,9 @@ class Progress:
             return
         seconds = max(time.monotonic() - self.drawn, 1e-9)
         losses = torch.stack([loss for _, _, loss in self.waiting]).tolist()
+        for (step, _, _), loss in zip(self.waiting, losses):
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(_broken(f"The loss is {loss} at step {step}"))
         for (step, rate, _), loss in zip(self.waiting, losses):
             self.run.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {rate:.2e}, {self.samples / seconds:.1f} samples/s", False)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import diffusers
@@ -20,6 +20,9 @@ from helpers.validation.prompts import Prompt
 from helpers.validation.sheet import Cell, sheet
 
 IMAGES = "validation_images"
+SHEET = "sheet.png"
+BATCH = 16
+"""How many pictures are made at a time; guidance doubles that inside the UNet."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Validation:
 
     Attributes:
         base: the folder with the model's own scheduler.
+        scheduler_changes: keys of its configuration to set otherwise.
         negative: the negative prompt's embedding `[length, D]`.
     """
 
@@ -39,6 +43,7 @@ class Validation:
     inference_steps: int
     guidance: float
     seed: int
+    scheduler_changes: Mapping[str, object] = field(default_factory=dict)
 
     def __call__(self, run: Run) -> None:
         """Render each prompt at each size into its own file, and all of them onto one sheet.
@@ -60,17 +65,24 @@ class Validation:
     def _render_and_write(self, run: Run, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         page = sheet(self._render(run, folder))
-        page.save(folder / "sheet.png")
+        page.save(folder / SHEET)
         for tracker in run.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image("validation", np.asarray(page), run.step, dataformats="HWC")
-                tracker.writer.flush()
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(page)[None]}, step=run.step, **layout)
+
+    def is_done(self, step: int) -> bool:
+        """Whether the validation of this step was written, all of it."""
+        return (self.output / IMAGES / f"step_{step}" / SHEET).exists()
 
     def _render(self, run: Run, folder: Path) -> list[list[Cell]]:
         pipeline = self._pipeline(run)
         columns = []
         for size in tqdm(self.sizes, desc=f"Validation at step {run.step}", unit="size", leave=False):
-            images = self._images(pipeline, run.parts.unet, size)
+            images = [
+                image
+                for start in range(0, len(self.prompts), BATCH)
+                for image in self._images(pipeline, run.parts.unet, size, self.prompts[start : start + BATCH])
+            ]
             for prompt, image in zip(self.prompts, images):
                 image.save(folder / f"{prompt.name}_{size}.png")
             columns.append([Cell(image, f"{prompt.text} ({size})") for prompt, image in zip(self.prompts, images)])
@@ -81,7 +93,7 @@ class Validation:
             tokenizer=None,
             text_encoder=None,
             unet=run.parts.unet,
-            scheduler=DDPMScheduler.from_pretrained(self.base / "scheduler"),
+            scheduler=DDPMScheduler.from_pretrained(self.base / "scheduler", **self.scheduler_changes),
             safety_checker=None,
             feature_extractor=None,
             watermarker=None,
@@ -90,9 +102,11 @@ class Validation:
         pipeline.set_progress_bar_config(leave=False, desc="  sampling")
         return pipeline
 
-    def _images(self, pipeline: diffusers.DiffusionPipeline, unet: torch.nn.Module, size: Size) -> list[Image.Image]:
+    def _images(
+        self, pipeline: diffusers.DiffusionPipeline, unet: torch.nn.Module, size: Size, prompts: Sequence[Prompt]
+    ) -> list[Image.Image]:
         """One picture of each prompt, all from the same seed, as one batch."""
-        embeds = torch.stack([prompt.embeds for prompt in self.prompts]).to(unet.device, unet.dtype)
+        embeds = torch.stack([prompt.embeds for prompt in prompts]).to(unet.device, unet.dtype)
         return pipeline(
             prompt_embeds=embeds,
             negative_prompt_embeds=self.negative.to(embeds).expand_as(embeds),
@@ -100,25 +114,26 @@ class Validation:
             height=size.height,
             num_inference_steps=self.inference_steps,
             guidance_scale=self.guidance,
-            generator=[torch.Generator().manual_seed(self.seed) for _ in self.prompts],
+            generator=[torch.Generator().manual_seed(self.seed) for _ in prompts],
         ).images
 
 
 def before_and_after(output: Path, prompts: Sequence[Prompt], sizes: Sequence[Size]) -> Path | None:
-    """Set the first and the last validation side by side in one labelled sheet; None if there were not two."""
+    """Set the first and the last picture of each prompt and size side by side in one sheet; None if there are no two."""
     folders = sorted((output / IMAGES).glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
-    if len(folders) < 2:
-        return None
     rows = []
     for prompt in prompts:
         for size in sizes:
-            file = f"{prompt.name}_{size}.png"
-            ends = (folders[0], folders[-1])
-            rows.append([Cell(Image.open(folder / file), f"{_step(folder)}: {prompt.text} ({size})") for folder in ends])
+            files = [folder / f"{prompt.name}_{size}.png" for folder in folders]
+            files = [file for file in files if file.exists()]
+            if len(files) > 1:
+                rows.append([_labelled(file, f"{prompt.text} ({size})") for file in (files[0], files[-1])])
+    if not rows:
+        return None
     path = output / IMAGES / "before_and_after.png"
     sheet(rows).save(path)
     return path
 
 
-def _step(folder: Path) -> str:
-    return folder.name.replace("_", " ")
+def _labelled(file: Path, text: str) -> Cell:
+    return Cell(Image.open(file), f"{file.parent.name.replace('_', ' ')}: {text}")

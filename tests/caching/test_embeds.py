@@ -150,3 +150,31 @@ def test_count_size_and_time_are_told_first(tmp_path, capsys):
     built(tmp_path, texts, lambda batch: torch.zeros(len(batch), 77, 16).bfloat16())
     first, second = capsys.readouterr().out.splitlines()
     assert "1,200 captions" in first and "3.0 MB" in second and "about 00:0" in second
+
+
+def test_captions_that_are_longer_than_the_encoder_reads_are_counted_before_it_starts(tmp_path, capsys):
+    texts = [f"{number} {'word ' * 20}".strip() for number in range(5)] + ["a" * 77, "a" * 78]
+
+    def interrupted(batch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        built(tmp_path, texts, interrupted)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "77 tokens" in line]
+    assert "6 captions" in line and "longest 101" in line and line.count("'") == 2 * 3 and "word ...'" in line
+    assert len(line) < 400
+
+
+def test_the_length_that_an_encoder_reads_may_be_another(tmp_path, capsys):
+    cache = EmbedCache(tmp_path, FINGERPRINT)
+    cache.build(["four", "fives"], Encoder(), len, 4, limit=4)
+    assert "1 captions have more than the 4 tokens" in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_captions_that_fit_or_were_encoded_before(tmp_path, capsys):
+    built(tmp_path, ["a" * 77])
+    assert "tokens" not in capsys.readouterr().out
+    built(tmp_path, ["b" * 78])
+    capsys.readouterr()
+    built(tmp_path, ["b" * 78, "c"])
+    assert "tokens" not in capsys.readouterr().out

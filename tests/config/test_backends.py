@@ -58,12 +58,12 @@ def test_cache_folders_come_from_the_keys_else_from_the_flag(read, tmp_path):
 def test_without_a_text_entry_there_is_one_anyway(read, tmp_path):
     backends = read({"id": "a"})
     assert [text.cache_dir for text in backends.text_embeds] == [tmp_path / "cache" / "text"]
-    assert backends.text_embeds_of(backends.images[0]) == backends.text_embeds[0]
+    assert backends.images[0].text_embeds == backends.text_embeds[0].id
 
 
 def test_datasets_find_their_text_embeds(read):
     backends = read({"id": "a"}, {"id": "b", "text_embeds": "u"}, TEXT | {"default": True}, TEXT | {"id": "u"})
-    assert [backends.text_embeds_of(image).id for image in backends.images] == ["t", "u"]
+    assert [image.text_embeds for image in backends.images] == ["t", "u"]
 
 
 @pytest.mark.parametrize("key", ["disable", "disabled"])
@@ -96,6 +96,7 @@ def test_aspects_are_numbers_or_weighted(read):
     ({"prepend_instance_prompt": True}, 'key "instance_prompt": is not set or empty'),
     ({"caption_strategy": "instanceprompt", "instance_prompt": " "}, 'key "instance_prompt": is not set or empty'),
     ({"crop_aspect": "random"}, "random needs at least one"),
+    ({"crop_aspect": "random", "crop_aspect_buckets": 0.75}, "found 0.75, needs a list of aspect ratios like [1.0"),
     ({"crop_aspect_buckets": [1.0]}, "they need crop_aspect random"),
     ({"crop_aspect": "random", "crop_aspect_buckets": [-1]}, "aspect ratios above 0"),
     ({"text_embeds": "nope"}, 'key "text_embeds": found \'nope\', no such entry'),

@@ -24,6 +24,11 @@ def test_the_options_page_names_every_flag_and_export():
     assert all(f"`{export}`" in page for row in (*ROWS.values(), *LAUNCH_ROWS.values()) for export in row.all_exports)
 
 
+def test_the_options_page_says_what_each_key_of_a_dataset_takes():
+    page = (ROOT / "OPTIONS.md").read_text(encoding="utf-8")
+    assert "| `crop_aspect_buckets` | a list | not set |" in page
+
+
 def test_the_schemas_know_what_the_parsers_know():
     assert set(ROWS) - {"config"} <= set(config_schema()["properties"])
     image = backends_schema()["items"]["else"]

@@ -24,7 +24,7 @@ def test_all_ways_to_say_it_give_one_config(flags):
 def test_a_flavour_and_its_hub_id_mean_the_same(flavour, hub_id):
     by_flavour = resolve("deepfloyd-full", None, flavour, None)
     assert by_flavour == resolve("deepfloyd-full", None, None, hub_id)
-    assert (by_flavour.name, by_flavour.flavour, by_flavour.training_kind) == (hub_id, flavour, "full")
+    assert (by_flavour.name, by_flavour.flavour, by_flavour.model_type) == (hub_id, flavour, "deepfloyd-full")
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -48,7 +48,7 @@ def test_another_hub_id_is_left_as_it_is():
     (("deepfloyd-lora", "sdxl", None, None), "model_family", "remove one of the two"),
     (("lora", "sdxl", None, None), "model_family", "needs deepfloyd"),
     (("lora", "deepfloyd", "i-medium", None), "model_flavour", "did you mean 'i-medium-400m'?"),
-    (("deepfloyd-lora", None, "ii-medium-450m", None), "model_flavour", "DeepFloyd IF stage I needs one of"),
+    (("deepfloyd-lora", None, "xi-medium", None), "model_flavour", "DeepFloyd IF stage I needs one of"),
     (("deepfloyd-lora", None, "i-large-900m", "DeepFloyd/IF-I-M-v1.0"), "model_flavour", "which is 'i-medium-400m'"),
     (("deepfloyd-lora", None, None, "DeepFloyd/IF-II-M-v1.0"), "pretrained_model_name_or_path",
      "not a DeepFloyd IF stage I model"),
@@ -57,6 +57,24 @@ def test_contradictions_name_the_option(said, option, words):
     with pytest.raises(Contradiction) as caught:
         resolve(*said)
     assert caught.value.option == option and words in str(caught.value)
+
+
+@pytest.mark.parametrize("said, model", [
+    (("deepfloyd-stage2", None, None, None), "DeepFloyd IF stage II"),
+    (("deepfloyd-stage2-lora", None, None, None), "DeepFloyd IF stage II"),
+    (("deepfloyd-stage3-lora", "deepfloyd", None, None), "DeepFloyd IF stage III"),
+    (("lora", None, None, None), "Stable Diffusion"),
+    (("full", None, None, None), "Stable Diffusion"),
+    (("lora", "deepfloyd", "ii-medium-450m", None), "DeepFloyd IF stage II"),
+    (("deepfloyd-full", None, "ii-large-1.2b", None), "DeepFloyd IF stage II"),
+])
+def test_a_model_that_is_not_trained_yet_is_called_so_and_none_is_guessed(said, model):
+    with pytest.raises(Contradiction) as caught:
+        resolve(*said)
+    words = str(caught.value)
+    assert f"{model}" in words and "this version does not train it yet; type one of" in words
+    existing = DEEPFLOYD_I.flavours if caught.value.option == "model_flavour" else MODEL_TYPES
+    assert all(name in words for name in existing) and "did you mean" not in words
 
 
 def test_an_unknown_type_lists_those_that_exist():

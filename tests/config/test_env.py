@@ -51,14 +51,14 @@ def test_extra_flags_are_split_as_a_shell_does_and_typed_ones_win(environ):
 
 
 @pytest.mark.parametrize("exports", [
-    {"TRAINING_NUM_PROCESSES": "2"}, {"TRAINING_NUM_MACHINES": "2"}, {"TRAINING_DYNAMO_BACKEND": "inductor"},
-    {"ACCELERATE_EXTRA_ARGS": "--main_process_port 29501"},
+    {"TRAINING_DYNAMO_BACKEND": "inductor"}, {"ACCELERATE_EXTRA_ARGS": "--main_process_port 29501"},
 ])
 def test_accelerate_is_used_only_for_what_needs_it(environ, exports):
     direct = command_line([], environ | {"TRAINING_NUM_PROCESSES": "1"}, NOTHING, "python")
     launched = command_line([], environ | exports, NOTHING, "python")
     assert direct[1] == "train_sd2x.py"
     assert launched[1:3] == ["-m", "accelerate.commands.launch"]
+    assert {"--num_processes=1", "--num_machines=1"} <= set(launched)
     assert any(next(iter(exports.values())).split()[-1] in word for word in launched)
 
 
@@ -67,6 +67,10 @@ def test_accelerate_is_used_only_for_what_needs_it(environ, exports):
     ({"USE_XFORMERS": "true", "ATTENTION_MECHANISM": "sdpa"}, "contradict each other"),
     ({"MINIMUM_RESOLUTION": "64", "MINIMUM_IMAGE_SIZE": "72"}, "contradict each other"),
     ({"TRAINING_NUM_PROCESSES": "many"}, "export TRAINING_NUM_PROCESSES: found 'many', needs a whole number"),
+    ({"TRAINING_NUM_PROCESSES": "2"}, "export TRAINING_NUM_PROCESSES: found 2, but one process trains for now"),
+    ({"TRAINING_NUM_MACHINES": "2"}, "gradient_accumulation_steps for larger batches: set it to 1"),
+    ({"TEXT_ENCODER_BATCHSIZE": "2"}, "did you mean TEXT_ENCODER_BATCH_SIZE?"),
+    ({"TRAINER_EXTRA_ARGS": "--help"}, "type ./train.sh --help"),
     ({"TRAINER_EXTRA_ARGS": "'open"}, "export TRAINER_EXTRA_ARGS"),
     ({"ACCELERATE_EXTRA_ARGS": "'open"}, "export ACCELERATE_EXTRA_ARGS"),
     ({"VALIDATION_STEP": "5"}, "export VALIDATION_STEP: not an option; did you mean VALIDATION_STEPS?"),
@@ -91,8 +95,16 @@ def test_what_asks_for_nothing_passes(environ):
     assert command_line([], environ | off, NOTHING, "python") == command_line([], environ, NOTHING, "python")
 
 
-def test_problems_of_exports_flags_and_files_come_together(environ):
-    assert len(problems_of(environ | {"VALIDATION_STEP": "5", "LORA_RANK": "x"}, "--lr_ned=3")) == 3
+def test_options_that_share_a_prefix_with_refused_names_pass(environ):
+    exports = environ | {"TEXT_ENCODER_DEVICE": "cpu", "TEXT_ENCODER_BATCH_SIZE": "2"}
+    data = load(command_line([], exports, NOTHING, "python")[2:]).config.data
+    assert (data.text_encoder_device, data.text_encoder_batch_size) == ("cpu", 2)
+
+
+def test_problems_of_exports_flags_and_files_come_together(environ, tmp_path):
+    (tmp_path / "backends.json").write_text('[{"id": "a", "instance_data_dir": "/nowhere"}]', encoding="utf-8")
+    exports = {"VALIDATION_STEP": "5", "LORA_RANK": "x", "TRAINING_NUM_PROCESSES": "2", "ACCELERATE_EXTRA_ARGS": "'"}
+    assert len(problems_of(environ | exports, "--lr_ned=3")) == 6
 
 
 @pytest.mark.parametrize("name", [

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from helpers.config.load import ENV_FILE_MARK, ConfigError, as_json, describe, load
+from helpers.config.load import ENV_FILE_MARK, ConfigError, as_json, describe, load, load_all
 from helpers.config.options import ROWS
 from helpers.config.paths import ROOT
 from helpers.sizes import Size
@@ -109,11 +109,24 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--max_train_steps=0", "--num_train_epochs=0"], "NUM_EPOCHS"),
     (["--optimizer=adamw", "--pure_bf16"], "type adamw_bf16"),
     (["--lr_scheduler=constant", "--lr_warmup_steps=5"], "constant_with_warmup"),
+    (["--lr_scheduler=constant", "--lr_end=1e-6"], "found 1e-06 beside lr_scheduler 'constant'"),
+    (["--lr_scheduler=constant_with_warmup", "--lr_end=1e-6"], "remove it, or type cosine"),
+    (["--max_train_steps=10", "--lr_warmup_steps=10"], "ends after the 10 of --max_train_steps"),
     (["--resolution_type=area", "--resolution=64"], "resolution_type pixel"),
 ])
 def test_options_that_do_not_fit_together_are_refused(flags, words):
     problems = problems_of(*flags)
     assert len(problems) == 1 and words in problems[0]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--lr_end=4e-6"],
+    ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=5", "--lr_end=0"],
+    ["--max_train_steps=10", "--lr_warmup_steps=9"],
+    ["--num_train_epochs=1", "--lr_warmup_steps=1000"],
+])
+def test_schedules_that_make_sense_pass(flags):
+    load([LORA, *flags])
 
 
 def test_all_problems_come_at_once_and_none_twice():
@@ -194,8 +207,59 @@ def test_a_wrong_config_file_is_answered_in_words(content, words, tmp_path):
     assert len(problems) == 1 and words in problems[0]
 
 
-def test_a_missing_config_file_is_named():
-    assert "there is no file /nowhere/config.json" in problems_of("--config=/nowhere/config.json")[0]
+def test_a_missing_config_file_is_the_only_problem_that_it_causes():
+    with pytest.raises(ConfigError) as caught:
+        load_all(["--config=/nowhere/config.json"])
+    (problem,) = caught.value.problems
+    assert "there is no file /nowhere/config.json" in problem
+
+
+@pytest.fixture
+def all_problems(tmp_path):
+    """The problems of flags and the entries of a dataloader JSON."""
+
+    def all_problems(*entries, flags=(), **environ) -> tuple[str, ...]:
+        path = tmp_path / "backends.json"
+        path.write_text(json.dumps([{"instance_data_dir": str(tmp_path)} | entry for entry in entries]))
+        try:
+            load_all([LORA, f"--data_backend_config={path}", *flags], environ)
+        except ConfigError as error:
+            return error.problems
+        return ()
+
+    return all_problems
+
+
+def test_the_problems_of_flags_and_of_the_dataloader_json_come_together(all_problems):
+    assert all_problems({"id": "a"}) == ()
+    problems = all_problems({"id": "a", "repeats": -1}, {"id": "b", "crop_styl": 1}, flags=["--seed=x", "--lr_ned=1"])
+    assert len(problems) == 4
+
+
+@pytest.mark.parametrize("flag", ["--resolution=60", "--resolution=x", "--target_downsample_size=x"])
+def test_a_wrong_flag_is_not_held_against_the_entries_that_inherit_it(all_problems, flag):
+    entry = {"id": "a", "maximum_image_size": 256} if "target" in flag else {"id": "a"}
+    (problem,) = all_problems(entry, flags=[flag])
+    assert problem.startswith(flag.split("=")[0])
+
+
+def test_an_entrys_own_wrong_value_is_named_beside_that_of_the_flag(all_problems):
+    problems = all_problems({"id": "a", "resolution": 52}, flags=["--resolution=60"])
+    assert [word for problem in problems for word in ("found 60", "found 52") if word in problem] == [
+        "found 60", "found 52",
+    ]
+
+
+def test_several_processes_of_a_launcher_are_refused(all_problems):
+    assert all_problems({"id": "a"}, LOCAL_RANK="0", WORLD_SIZE="1") == ()
+    (problem,) = all_problems({"id": "a"}, LOCAL_RANK="0", WORLD_SIZE="2")
+    assert "found 2 processes" in problem and "gradient_accumulation_steps" in problem
+
+
+def test_a_model_type_that_is_no_text_is_one_problem(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        load([written(tmp_path, {"model_type": 1})])
+    assert len(caught.value.problems) == 1
 
 
 def test_relative_paths_count_from_the_projects_root(tmp_path, monkeypatch):

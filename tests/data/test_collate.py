@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache
-from helpers.data.collate import Collator, Source, prefetch
+from helpers.data.collate import Buffer, Collator, Source, prefetch
 from helpers.data.dataset import Dataset, plan_images
 from helpers.data.sampler import Sampler
 from helpers.data.scan import Captions, scan
@@ -31,8 +31,8 @@ def embedding(text: str) -> torch.Tensor:
     return torch.randn(77, 8, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def prepared(caption: str) -> str:
-    return caption.lower()
+def prepared(dataset: Dataset) -> dict[str, str]:
+    return {caption: caption.lower() for caption in ["", *dataset.captions()]}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def data(request, folder, tmp_path_factory) -> tuple[Dataset, Source]:
     dataset = plan_images("set", folder, RULES[request.param], found)
     pixels, embeds = PixelCache(cache / "pixels"), EmbedCache(cache / "text", {"text_encoder": "test"})
     assert pixels.build(dataset.pixel_jobs("stepwise")) == {}
-    texts = ["", *map(prepared, dataset.captions())]
+    texts = prepared(dataset).values()
     embeds.build(texts, lambda batch: torch.stack([embedding(text) for text in batch]), len, 4)
     return dataset, Source(pixels, embeds, "stepwise")
 
@@ -64,7 +64,7 @@ def sampler(dataset: Dataset) -> Sampler:
 
 def test_a_batch_holds_the_planned_crops_and_embeddings_exactly(data):
     dataset, source = data
-    collate, dropped = Collator({"set": source}, prepared), 0
+    collate, dropped = Collator({"set": source}, prepared(dataset)), 0
     for _, plan in islice(sampler(dataset).batches(), 40):
         batch = collate(plan)
         size = (len(plan.uses), plan.target.height, plan.target.width, 3)
@@ -74,14 +74,14 @@ def test_a_batch_holds_the_planned_crops_and_embeddings_exactly(data):
             left, top, right, bottom = use.box
             decoded = load(use.record.path, use.plan.intermediate)
             np.testing.assert_array_equal(image.numpy(), decoded[top:bottom, left:right])
-            assert torch.equal(embeds, embedding("" if use.dropped else prepared(use.record.captions[0])))
+            assert torch.equal(embeds, embedding("" if use.dropped else use.record.captions[0].lower()))
             dropped += use.dropped
     assert dropped
 
 
 def test_buffers_are_used_again_but_not_before_their_time(data):
     dataset, source = data
-    collate = Collator({"set": source}, prepared, ahead=2)
+    collate = Collator({"set": source}, prepared(dataset), ahead=2)
     plans = [plan for _, plan in islice(sampler(dataset).batches(), 30)]
     warm = [collate(plan) for plan in plans][-9:]
     pointers = {batch.prompt_embeds.data_ptr() for batch in warm}
@@ -94,8 +94,8 @@ def test_buffers_are_used_again_but_not_before_their_time(data):
 
 def test_the_stream_gives_the_same_batches_as_reading_one_by_one(data):
     dataset, source = data
-    stream = Collator({"set": source}, prepared).stream(sampler(dataset).batches())
-    one_by_one = Collator({"set": source}, prepared)
+    stream = Collator({"set": source}, prepared(dataset)).stream(sampler(dataset).batches())
+    one_by_one = Collator({"set": source}, prepared(dataset))
     for (position, batch), (expected_position, plan) in islice(zip(stream, sampler(dataset).batches()), 30):
         expected = one_by_one(plan)
         assert position == expected_position and batch.uses == plan.uses
@@ -103,18 +103,39 @@ def test_the_stream_gives_the_same_batches_as_reading_one_by_one(data):
     stream.close()
 
 
-def test_each_caption_is_prepared_once(data):
+def test_a_caption_that_was_not_prepared_is_an_error_that_names_it(data):
     dataset, source = data
-    calls: list[str] = []
+    with pytest.raises(KeyError, match="Photo Number"):
+        for _, plan in islice(sampler(dataset).batches(), 10):
+            Collator({"set": source}, {"": ""})(plan)
 
-    def counted(caption: str) -> str:
-        calls.append(caption)
-        return prepared(caption)
 
-    collate = Collator({"set": source}, counted)
-    for _, plan in islice(sampler(dataset).batches(), 30):
-        collate(plan)
-    assert sorted(calls) == sorted(["", *dataset.captions()])
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="needs Linux with huge pages")
+def test_a_large_buffer_is_asked_to_be_in_huge_pages():
+    tensor = Buffer(torch.bfloat16)(16, 77, 4096)
+    tensor.fill_(1)
+    assert bool((tensor == 1).all()) and "hg" in flags_of_memory(tensor.data_ptr())
+
+
+def flags_of_memory(address: int) -> list[str]:
+    """The kernel's flags (VmFlags) of the mapping that an address is in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0]:
+            start, end = (int(edge, 16) for edge in words[0].split("-"))
+            inside = start <= address < end
+        elif inside and words[0] == "VmFlags:":
+            return words[1:]
+    return []
+
+
+def test_a_buffer_grows_and_then_stays_where_it_is():
+    buffer = Buffer(torch.uint8)
+    buffer(2, 3)
+    large = buffer(4, 5)
+    large.copy_(torch.arange(20).view(4, 5))
+    assert buffer(3, 2).tolist() == [[0, 1], [2, 3], [4, 5]] and buffer(4, 5).data_ptr() == large.data_ptr()
 
 
 def test_prefetching_keeps_the_order_and_ends():

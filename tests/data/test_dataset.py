@@ -1,9 +1,11 @@
 """What a dataset holds, what is left out of it and why, and how that is told."""
 
-import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from helpers.config.backends import AspectBucket, ImageBackend
 from helpers.data.dataset import Dataset, plan_dataset, plan_images, rules_for
@@ -116,17 +118,11 @@ def report():
 
 
 def test_the_report_counts_everything():
-    assert report().as_dict() == {
-        "dataset": "set",
-        "found": 8,
-        "used": 7,
-        "upsampled": 1,
-        "repeats": 1,
-        "batches_per_epoch": 4,  # 12 landscapes in threes of four, 2 portraits
-        "buckets": {"64x88": 1, "88x64": 6},
-        "left_out": [{"path": "/images/b\\xe4d.jpg", "reason": "is empty"}],
-    }
-    json.dumps(report().as_dict()).encode("utf-8")
+    counted = report()
+    assert (counted.dataset_id, counted.found, counted.used, counted.upsampled, counted.repeats) == ("set", 8, 7, 1, 1)
+    assert counted.batches_per_epoch == 4  # 12 landscapes in threes of four, 2 portraits
+    assert counted.buckets == {Size(64, 88): 1, Size(88, 64): 6}
+    assert [entry.reason for entry in counted.left_out] == ["is empty"]
 
 
 def test_the_report_tells_a_person_the_same():
@@ -141,3 +137,56 @@ def test_the_report_is_silent_about_what_did_not_happen():
     planned = dataset(SQUARE, record("a.jpg", Size(640, 480)))
     assert planned.report(1).describe() == (
         "dataset 'set': 1 files found, 1 images used, once an epoch, in 1 batches\n  buckets: 64x64 (1)")
+
+
+BASE = (record("a.jpg", Size(640, 480)), record("sub/b.jpg", Size(300, 500), ("one", "two")))
+CHANGES = {
+    "an image more": lambda: dataset(SQUARE, *BASE, record("c.jpg", Size(640, 480))),
+    "an image less": lambda: dataset(SQUARE, BASE[0]),
+    "another order": lambda: dataset(SQUARE, *BASE[::-1]),
+    "other content": lambda: dataset(SQUARE, replace(BASE[0], content="ff"), BASE[1]),
+    "another name": lambda: dataset(SQUARE, replace(BASE[0], path=Path("/images/z.jpg")), BASE[1]),
+    "another caption": lambda: dataset(SQUARE, replace(BASE[0], captions=("another",)), BASE[1]),
+    "a caption less": lambda: dataset(SQUARE, BASE[0], replace(BASE[1], captions=("one",))),
+    "another size": lambda: dataset(SQUARE, replace(BASE[0], size=Size(600, 480)), BASE[1]),
+    "another target": lambda: dataset(replace(SQUARE, resolution=72), *BASE),
+    "other intermediate": lambda: dataset(replace(SQUARE, target_downsample_size=136), *BASE),
+    "another crop style": lambda: dataset(replace(SQUARE, crop_style="center"), *BASE),
+    "repeats": lambda: dataset(SQUARE, *BASE, repeats=1),
+    "probability": lambda: dataset(SQUARE, *BASE, probability=0.5),
+    "id": lambda: replace(dataset(SQUARE, *BASE), id="another"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_the_batches_changes_the_digest(change):
+    assert CHANGES[change]().digest() != dataset(SQUARE, *BASE).digest()
+
+
+def test_the_digest_survives_a_move_of_the_folder_and_what_was_left_out():
+    planned = dataset(SQUARE, *BASE)
+    moved = tuple(replace(r, path=Path("/elsewhere") / r.path.relative_to("/images")) for r in planned.records)
+    other = replace(planned, folder=Path("/elsewhere"), records=moved, left_out=(LeftOut(Path("x"), "is empty"),))
+    assert other.digest() == planned.digest()
+
+
+def test_weights_of_random_aspects_change_the_digest():
+    def weighted(weight: float) -> str:
+        aspects = ((1.0, 1.0), (0.5, weight))
+        return dataset(Rules(64, crop_aspect="random", crop_aspect_buckets=aspects), *BASE).digest()
+
+    assert weighted(1) == weighted(1.0) != weighted(2)
+
+
+def test_the_digest_is_the_same_in_every_release():
+    """A checkpoint of an older release must find its data unchanged: this value may never change."""
+    odd = replace(BASE[0], path=Path(os.fsdecode(b"/images/caf\xe9.jpg")))
+    assert dataset(SQUARE, *BASE, odd).digest() == "9a9772367e841a58f98f270ceffda664"
+
+
+def test_a_hundred_thousand_images_are_digested_in_well_under_two_seconds():
+    few = dataset(SQUARE, *(record(f"{number}.jpg", Size(400 + number, 300)) for number in range(100)))
+    many = replace(few, records=few.records * 1000, plans=few.plans * 1000)
+    began = time.process_time()
+    many.digest()
+    assert time.process_time() - began < 2

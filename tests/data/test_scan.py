@@ -138,10 +138,13 @@ def test_names_that_are_not_utf8_work_with_text_files_and_are_reported_readably(
     picture(folder / "plain.png")
     result = scan("odd", folder, index, BY_NAME)
     assert [item.reason for item in result.left_out] == ["no caption: its name is not UTF-8, so it cannot be a caption"]
-    write_left_out(tmp_path / "left_out.json", {"odd": result.left_out})
-    assert json.loads((tmp_path / "left_out.json").read_text(encoding="utf-8"))["odd"][0]["path"].endswith(
-        "caf\\xe9.png"
-    )
+    path.with_suffix(".txt").unlink()
+    (folder / "plain.txt").write_text("plain")
+    left_out = result.left_out + scan("odd", folder, index, BY_TEXT).left_out
+    write_left_out(tmp_path / "left_out.json", {"odd": left_out})
+    report = json.loads((tmp_path / "left_out.json").read_text(encoding="utf-8"))["odd"]
+    assert [item["path"].removeprefix(str(folder)) for item in report] == ["/caf\\xe9.png"] * 2
+    assert report[1]["reason"] == "no caption: there is no caf\\xe9.txt"
 
 
 def test_both_normal_forms_of_one_name_are_two_images(folder: Path, index: Path) -> None:

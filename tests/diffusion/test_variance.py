@@ -104,7 +104,8 @@ def test_objective_is_the_mean_squared_error_plus_the_bound(schedule):
     eps_hat, v = output[:, :3], output[:, 3:]
     plain = ((eps - eps_hat) ** 2).mean()
     bound = variational_bound(schedule, x_0, x_t, t, eps_hat, v).mean()
-    both = EpsilonObjective(schedule, learns_variance=True)(output, x_0, x_t, eps, t)
+    both = EpsilonObjective(schedule, trains_variance=True)(output, x_0, x_t, eps, t)
     assert both.item() == pytest.approx((plain + bound).item(), rel=1e-6)
-    only = EpsilonObjective(schedule, learns_variance=False)(eps_hat, x_0, x_t, eps, t)
-    assert only.item() == pytest.approx(plain.item(), rel=1e-6)
+    for untrained in (eps_hat, output):
+        only = EpsilonObjective(schedule, trains_variance=False)(untrained, x_0, x_t, eps, t)
+        assert only.item() == pytest.approx(plain.item(), rel=1e-6)

@@ -1,24 +1,31 @@
 from __future__ import annotations
 
-import random
+import numpy as np
+import pytest
 
-from helpers.images.bucketing import buckets
+from helpers.images.bucketing import batches, numbered
 from helpers.sizes import Size
 
 
-def test_every_position_is_in_the_bucket_of_its_size_once_and_in_order() -> None:
-    sizes = [Size(64, 64), Size(64, 96), Size(96, 64)]
-    targets = random.Random(0).choices(sizes, k=200)
-    grouped = buckets(targets)
-    assert sorted(position for members in grouped.values() for position in members) == list(range(200))
-    for size, members in grouped.items():
-        assert members == sorted(members) and all(targets[position] == size for position in members)
+def test_the_buckets_do_not_depend_on_the_order_of_the_images() -> None:
+    targets = [Size(96, 64), Size(64, 96), Size(64, 64), Size(96, 64)]
+    assert numbered(targets) == numbered(targets[::-1]) == {Size(64, 64): 0, Size(64, 96): 1, Size(96, 64): 2}
 
 
-def test_the_order_of_the_buckets_does_not_depend_on_the_order_of_the_images() -> None:
-    targets = [Size(96, 64), Size(64, 64), Size(64, 96), Size(64, 64)]
-    assert list(buckets(targets)) == list(buckets(targets[::-1])) == [Size(64, 64), Size(64, 96), Size(96, 64)]
+@pytest.mark.parametrize("count", [1, 2, 16, 17, 500])
+@pytest.mark.parametrize("kinds", [(0,), (0, 1, 2), (3, 7)], ids=str)
+def test_batches_hold_every_image_once_one_bucket_each_and_only_the_last_of_a_bucket_is_smaller(count, kinds) -> None:
+    draw = np.random.default_rng(count)
+    buckets, order = draw.choice(kinds, count), draw.permutation(count)
+    members, starts, stops = batches(order, buckets, 4)
+    cut = [members[a:b].tolist() for a, b in zip(starts, stops)]
+    assert sorted(sum(cut, [])) == list(range(count))
+    for kind in set(buckets.tolist()):
+        sizes = [len(batch) for batch in cut if buckets[batch[0]] == kind]
+        assert all(set(buckets[batch]) == {kind} for batch in cut if buckets[batch[0]] == kind)
+        assert set(sizes[:-1]) <= {4} and 1 <= sizes[-1] <= 4
 
 
-def test_no_images_no_buckets() -> None:
-    assert buckets([]) == {}
+def test_within_a_bucket_the_order_is_the_given_one() -> None:
+    members, starts, stops = batches(np.array([4, 0, 3, 1, 2]), np.array([1, 0, 0, 1, 1]), 2)
+    assert [members[a:b].tolist() for a, b in zip(starts, stops)] == [[1, 2], [4, 0], [3]]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from helpers.images.downsampling import resize
-from helpers.images.loading import Unreadable, load, probe
+from helpers.images.loading import Unreadable, inspect, load
 from helpers.sizes import Size
 
 ORIENTATION = 0x0112
@@ -104,7 +104,7 @@ def test_every_format_comes_at_exactly_the_size_asked_for(tmp_path: Path, suffix
     path = tmp_path / f"image{suffix}"
     Image.new("RGB", (80, 60), (200, 100, 50)).save(path)
     pixels = load(path, size)
-    assert probe(path) == Size(80, 60)
+    assert inspect(path).size == Size(80, 60)
     assert pixels.shape == (size.height, size.width, 3) and pixels.dtype == np.uint8
     assert pixels.flags.writeable and pixels.flags.c_contiguous
     assert np.abs(pixels.astype(int) - (200, 100, 50)).max() <= 6
@@ -135,7 +135,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, suffix: str, options: dict,
     exif[ORIENTATION] = orientation
     path = tmp_path / f"turned{suffix}"
     stored.save(path, exif=exif, **options)
-    assert probe(path) == Size(96, 48)
+    assert inspect(path).size == Size(96, 48)
     pixels = load(path, Size(24, 12)).astype(int)
     assert np.abs(pixels - upright[2::4, 2::4]).max(axis=-1)[[2, 2, 9, 9], [4, 19, 4, 19]].max() < 30
 
@@ -146,7 +146,7 @@ def test_a_turned_photograph_is_decoded_reduced_too_and_not_shifted(odd: Path, t
     path = tmp_path / "turned.jpg"
     with Image.open(odd) as image:
         image.save(path, quality=95, exif=exif)
-    assert probe(path) == Size(2828, 4242)
+    assert inspect(path).size == Size(2828, 4242)
     upright = np.rot90(decoded_in_full(path, Size(192, 128), "single"), k=-1)
     assert decibels(load(path, Size(128, 192), "single"), upright) > 50
 
@@ -164,7 +164,7 @@ def test_an_orientation_behind_the_pixels_of_a_png_is_found_without_decoding(
     end = start + 12 + int.from_bytes(data[start : start + 4], "big")
     path.write_bytes(data[:start] + data[end:-12] + data[start:end] + data[-12:])
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
-    assert probe(path) == Size(60, 80)
+    assert inspect(path).size == Size(60, 80)
 
 
 def test_probing_decodes_no_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +172,9 @@ def test_probing_decodes_no_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         Image.new("RGB", (80, 60)).save(tmp_path / f"plain{suffix}")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: pytest.fail("decoded"))
     for path in tmp_path.iterdir():
-        assert probe(path) == Size(80, 60)
+        assert inspect(path).size == Size(80, 60)
 
 
 def test_a_missing_file_is_unreadable(tmp_path: Path) -> None:
     with pytest.raises(Unreadable, match="No such file"):
-        probe(tmp_path / "nothing.jpg")
+        inspect(tmp_path / "nothing.jpg")

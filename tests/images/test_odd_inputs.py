@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from helpers.images.loading import MAX_PIXELS, NotAnImage, Unreadable, inspect, load, probe
+from helpers.images.loading import MAX_PIXELS, NotAnImage, Unreadable, inspect, load
 from helpers.sizes import Size
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -122,7 +122,7 @@ def in_srgb(colour: tuple[int, int, int], colorants: np.ndarray, gamma: float) -
 def test_what_is_no_image_is_refused_with_what_it_is(tmp_path: Path, content: bytes, kind: type, word: str) -> None:
     path = tmp_path / "image.jpg"
     path.write_bytes(content)
-    for attempt in (probe, lambda path: load(path, SIZE)):
+    for attempt in (inspect, lambda path: load(path, SIZE)):
         with pytest.raises(Unreadable) as error:
             attempt(path)
         assert type(error.value) is kind and word in error.value.reason and "\n" not in error.value.reason
@@ -138,7 +138,7 @@ def test_a_pipe_a_socket_and_a_folder_are_refused_and_do_not_hang(
         listener.bind("socket.jpg")
         for name in ("pipe.jpg", "folder.jpg", "socket.jpg"):
             with no_longer_than(5), pytest.raises(Unreadable, match="not a regular file"):
-                probe(Path(name))
+                inspect(Path(name))
 
 
 # --- Damage
@@ -205,7 +205,7 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path, width: int, height: int
     assert width * height > MAX_PIXELS
     path = tmp_path / "bomb.png"
     path.write_bytes(png(width, height))
-    for attempt in (probe, lambda path: load(path, SIZE)):
+    for attempt in (inspect, lambda path: load(path, SIZE)):
         with pytest.raises(Unreadable, match="more than 150 megapixels"):
             attempt(path)
 
@@ -213,10 +213,10 @@ def test_a_bomb_is_refused_by_its_header(tmp_path: Path, width: int, height: int
 def test_a_huge_compressed_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.png"
     path.write_bytes(png(4, 4))
-    assert probe(path) == Size(4, 4)
+    assert inspect(path).size == Size(4, 4)
     path.write_bytes(png(4, 4, chunk(b"zTXt", b"comment\0\0" + zlib.compress(bytes(5_000_000)))))
     with pytest.raises(Unreadable, match="too large"):
-        probe(path)
+        inspect(path)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_huge_compressed_text_is_refused(tmp_path: Path) -> None:
 def test_corrupt_exif_is_ignored(tmp_path: Path, suffix: str, exif: bytes) -> None:
     path = tmp_path / f"image{suffix}"
     noise().save(path, exif=exif)
-    assert probe(path) == Size(96, 64)
+    assert inspect(path).size == Size(96, 64)
     assert load(path, Size(48, 32)).shape == (32, 48, 3)
 
 
@@ -241,7 +241,7 @@ def test_corrupt_exif_is_ignored(tmp_path: Path, suffix: str, exif: bytes) -> No
 def test_extreme_sizes_are_told_and_loaded_as_asked(tmp_path: Path, suffix: str, size: tuple) -> None:
     path = tmp_path / f"thin{suffix}"
     Image.new("RGB", size, (10, 200, 30)).save(path)
-    assert probe(path) == Size(*size)
+    assert inspect(path).size == Size(*size)
     assert near([tuple(load(path, SIZE)[4, 4])], (10, 200, 30), tolerance=5)
 
 
@@ -410,14 +410,14 @@ def test_a_photograph_with_a_preview_behind_it_is_no_animation(tmp_path: Path) -
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
 def test_the_content_decides_and_not_the_name(tmp_path: Path, name: str, form: str) -> None:
     noise().save(tmp_path / name, form)
-    assert probe(tmp_path / name) == Size(96, 64)
+    assert inspect(tmp_path / name).size == Size(96, 64)
     assert load(tmp_path / name, SIZE).shape == (8, 8, 3)
 
 
 def test_a_name_that_is_not_utf8_is_opened(tmp_path: Path) -> None:
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xf0\x9f\x90\xb1.png"))
     noise().save(path)
-    assert probe(path) == Size(96, 64)
+    assert inspect(path).size == Size(96, 64)
     assert load(path, SIZE).shape == (8, 8, 3)
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
 
 from helpers.config.families import DEEPFLOYD_I
 from helpers.models import loading
@@ -51,10 +53,10 @@ def test_another_prediction_than_epsilon_is_refused(model):
         loading.check(DEEPFLOYD_I, SPEC, model)
 
 
-@pytest.mark.parametrize("component", loading.COMPONENTS)
-def test_an_incomplete_folder_is_named_with_what_it_lacks(model, component):
-    shutil.rmtree(model / component)
-    with pytest.raises(WeightsError, match=f"has no {component} folder"):
+@pytest.mark.parametrize("part", [*loading.COMPONENTS, "model_index.json"])
+def test_an_incomplete_folder_is_named_with_what_it_lacks(model, part):
+    shutil.rmtree(model / part) if (model / part).is_dir() else (model / part).unlink()
+    with pytest.raises(WeightsError, match=f"has no {part}"):
         loading.check(DEEPFLOYD_I, SPEC, model)
 
 
@@ -75,6 +77,45 @@ def test_an_unreachable_hub_id_is_answered_with_licence_login_and_local_path():
         loading.fetch_configs("DeepFloyd/IF-I-M-v1.0", None)
     for words in ("https://huggingface.co/DeepFloyd/IF-I-M-v1.0", "hf auth login", "export MODEL_NAME="):
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [(GatedRepoError, "licence to be accepted"), (RepositoryNotFoundError, "does not exist"), (OSError, "be reached")],
+)
+def test_each_way_to_fail_at_the_hub_has_its_own_words(error, words):
+    message = loading.unreachable("DeepFloyd/IF-I-M-v1.0", error.__new__(error))
+    assert words in message and "hf auth login" in message
+
+
+def test_a_name_that_the_hub_does_not_allow_is_refused_in_words():
+    with pytest.raises(WeightsError, match="MODEL_NAME.*neither a folder here nor a name that the hub allows"):
+        loading.fetch_configs("my org/IF model", None)
+
+
+def test_weight_files_that_are_there_pass(model):
+    loading.check_weight_files(model, None)
+
+
+@pytest.mark.parametrize("component, stem", [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
+def test_missing_pickled_and_placeholder_weights_are_refused_before_anything_loads(model, component, stem):
+    weights = model / component / f"{stem}.safetensors"
+    with pytest.raises(WeightsError, match=f"no unet/diffusion_pytorch_model.fp16.*{'diffusion_pytorch_model'}.*VARIANT"):
+        loading.check_weight_files(model, "fp16")
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(WeightsError, match=rf"no {component}/{stem}.safetensors, it has {stem}.bin"):
+        loading.check_weight_files(model, None)
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(WeightsError, match="git lfs pull"):
+        loading.check_weight_files(model, None)
+
+
+def test_pickled_weights_are_never_loaded(model):
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(weights), model / "unet" / "diffusion_pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(OSError):
+        loading.load(SPEC, model, torch.float32)
 
 
 PUBLISHED = [
@@ -102,12 +143,12 @@ def test_of_a_hub_repository_only_what_is_used_is_taken_in_one_variant(variant, 
     assert not any(name.startswith(("safety_checker", "watermarker")) for name in taken)
 
 
-@pytest.mark.parametrize("channels, learned", [(6, True), (3, False)])
-def test_the_variance_is_trained_where_the_weights_have_one(model, channels, learned):
+@pytest.mark.parametrize("channels, wanted, trained", [(6, True, True), (6, False, False), (3, True, False)])
+def test_the_variance_is_trained_where_the_weights_have_one_and_it_is_wanted(model, channels, wanted, trained):
     from diffusers import UNet2DConditionModel
 
     config = UNet2DConditionModel.load_config(model / "unet")
     UNet2DConditionModel.from_config({**config, "out_channels": channels}).save_pretrained(model / "unet")
-    parts = loading.load(SPEC, model, torch.float32, None)
-    assert parts.objective.learns_variance is learned
+    parts = loading.load(SPEC, model, torch.float32, trains_variance=wanted)
+    assert parts.objective.trains_variance is trained
     assert parts.schedule.timesteps == 1000

@@ -53,11 +53,45 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_there(tmp_path):
     assert [path.name for path in checkpoints.found(tmp_path)] == ["checkpoint-5"]
 
 
-def test_the_same_step_can_be_saved_again(tmp_path):
+def test_a_run_that_goes_back_keeps_the_later_checkpoints_aside_and_its_own_new_ones(tmp_path):
+    for step in (100, 200, 1000):
+        save(tmp_path, step)
+    moved = checkpoints.set_aside_later(tmp_path, tmp_path / "checkpoint-100")
+    assert [path.relative_to(tmp_path).as_posix() for path in moved] == [
+        "abandoned/checkpoint-200",
+        "abandoned/checkpoint-1000",
+    ]
+    assert save(tmp_path, 200, keep=1).exists()
+    assert checkpoints.choose(tmp_path, "latest").name == "checkpoint-200"
+    save(tmp_path, 300)
+    again = checkpoints.set_aside_later(tmp_path, tmp_path / "checkpoint-200")
+    assert [path.name for path in again] == ["checkpoint-300"]
+    save(tmp_path, 300)
+    assert [path.name for path in checkpoints.set_aside_later(tmp_path, tmp_path / "checkpoint-200")] == [
+        "checkpoint-300-1"
+    ]
+
+
+def test_what_an_interrupted_save_left_is_swept_away(tmp_path):
+    (tmp_path / ".checkpoint-4.partial").mkdir(parents=True)
     save(tmp_path, 5)
-    again = save(tmp_path, 5, state={**STATE, "run": {"step": 5}})
-    assert checkpoints.load_state(again)["run"] == {"step": 5}
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+@pytest.mark.parametrize("spoil", ["no state", "damaged state", "no tensors", "no identity"])
+def test_a_checkpoint_of_another_trainer_is_refused_in_words(tmp_path, spoil):
+    folder = save(tmp_path, 5)
+    if spoil == "no state":
+        (folder / checkpoints.STATE).unlink()
+    elif spoil == "damaged state":
+        (folder / checkpoints.STATE).write_text("{")
+    elif spoil == "no tensors":
+        (folder / checkpoints.TENSORS).unlink()
+    else:
+        (folder / checkpoints.STATE).write_text('{"dict": []}')
+    with pytest.raises(CheckpointError, match="OUTPUT_DIR"):
+        checkpoints.require_same(folder, STATE["identity"])
+        checkpoints.load_state(folder)
 
 
 def test_starting_anew_over_checkpoints_is_refused_with_both_ways_out(tmp_path):

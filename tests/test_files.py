@@ -1,0 +1,37 @@
+"""A file is the old one or the new one, and any path can be shown."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from helpers.files import printable, write_whole
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "report.json"
+    for content in (b"first, and longer", b"second"):
+        write_whole(path, content)
+        assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "report.json"
+    write_whole(path, b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("name", "shown"), [
+    (b"photo.jpg", "photo.jpg"), ("ä 猫.jpg".encode(), "ä 猫.jpg"), (b"caf\xe9.jpg", "caf\\xe9.jpg"),
+])
+def test_any_path_can_be_shown(name, shown):
+    assert printable(Path(os.fsdecode(name))) == printable(os.fsdecode(name)) == shown
+    json.dumps(shown, ensure_ascii=False).encode("utf-8")
