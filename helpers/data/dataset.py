@@ -48,7 +48,8 @@ class Report:
             lines.append(f"  {len(self.left_out):,} left out:")
             lines += [f"    {_in_words(entry)}" for entry in self.left_out[:NAMED]]
             if len(self.left_out) > NAMED:
-                lines.append(f"    ... and {len(self.left_out) - NAMED:,} more, all listed in left_out.json of the output folder")
+                more = len(self.left_out) - NAMED
+                lines.append(f"    ... and {more:,} more, all listed in left_out.json of the output folder")
         return "\n".join(lines)
 
 

@@ -242,3 +242,18 @@ def test_more_shards_than_files_may_be_open_are_read_as_well(tmp_path, monkeypat
 def test_keys_are_hex_hashes(tmp_path, bad):
     with ShardStore(tmp_path, RECIPE).writer() as writer, pytest.raises(ValueError, match="hex key"):
         writer.add(bad, record(0))
+
+
+@pytest.mark.parametrize(("memory", "times"), [(10**12, 1), (1000, 3)], ids=["stays in memory", "larger than memory"])
+def test_records_are_announced_once_where_they_stay_in_memory_and_else_each_time(tmp_path, monkeypatch, memory, times):
+    class Map:
+        def madvise(self, *arguments: int) -> None:
+            announced.append(arguments)
+
+    announced: list[tuple[int, ...]] = []
+    store = filled(tmp_path, range(3))
+    monkeypatch.setattr(store_module, "_memory", lambda: memory)
+    monkeypatch.setattr(ShardStore, "_mapped", lambda self, shard: Map())
+    for _ in range(3):
+        store.announce([key(0), key(1)])
+    assert len(announced) == 2 * times
