@@ -81,7 +81,8 @@ def train(resolved: Resolved, backends: Backends) -> int:
     job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config, spec), _prompts(config))
     _require_writable(job)
     datasets, prepared = _plan_data(job)
-    checkpoint = _checkpoint(job, datasets)
+    data = _sampler(config, datasets).digests()
+    checkpoint = _checkpoint(job, data)
     name, revision, variant = config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant
     if config.run.dry_run and not Path(name).is_dir():
         print(f"Dry run: nothing was downloaded or trained. The weights of {name} on the hub were not looked at.")
@@ -104,7 +105,8 @@ def train(resolved: Resolved, backends: Backends) -> int:
     assembly.start_tracker(accelerator, config, job.options["options"])
     validation = _validation(job, texts, model)
     collator = _collator(job, texts, pixels, pin_memory=accelerator.device.type == "cuda")
-    return _train_and_export(run, job, model, validation, collator.stream(sampler.batches(run.position)))
+    batches = collator.stream(sampler.batches(run.position))
+    return _train_and_export(run, job, model, validation, batches, data)
 
 
 def _require_writable(job: Job) -> None:
@@ -166,11 +168,11 @@ def _total_steps(config: Config, sampler: Sampler) -> int:
     return assembly.total_steps(config.training, sampler.batches_in_epoch(0))
 
 
-def _checkpoint(job: Job, datasets: Sequence[Dataset]) -> Path | None:
-    """The checkpoint to go on from, if there is one and it fits."""
+def _checkpoint(job: Job, data: Mapping[str, str]) -> Path | None:
+    """The checkpoint to go on from, if there is one and it fits the options and the data (digests by dataset)."""
     checkpoint = checkpoints.choose(job.config.run.output_dir, job.config.run.resume_from_checkpoint)
     if checkpoint:
-        checkpoints.require_same(checkpoint, job.identity)
+        checkpoints.require_same(checkpoint, job.identity, data)
     return checkpoint
 
 
@@ -255,13 +257,18 @@ def _resume(run: Run, job: Job, checkpoint: Path) -> None:
 
 
 def _train_and_export(
-    run: Run, job: Job, model: Path, validation: Validation | None, batches: Iterator[tuple[Position, Batch]]
+    run: Run,
+    job: Job,
+    model: Path,
+    validation: Validation | None,
+    batches: Iterator[tuple[Position, Batch]],
+    data: Mapping[str, str],
 ) -> int:
     output, options = job.config.run.output_dir, job.config
 
     def save(run: Run) -> None:
         require_finite(run)
-        state = {"identity": job.identity, "run": run.state()}
+        state = {"identity": job.identity, "data": data, "run": run.state()}
         checkpoints.save(output, run.step, job.adapter, run.parts.unet, state, options.run.checkpoints_total_limit)
 
     periodic = [Every(options.run.checkpointing_steps, save)]

@@ -337,6 +337,17 @@ def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(trainer, tm
     assert {path.name for path in (output / "abandoned").iterdir()} == {"checkpoint-2", "checkpoint-3"}
 
 
+def test_a_changed_dataset_is_refused_on_resume_by_its_name(trainer, tmp_path, photos, capsys):
+    folder = shutil.copytree(photos, tmp_path / "changing")
+    dataloader = tmp_path / "changing.json"
+    entry = {"id": "changing", "instance_data_dir": str(folder), "caption_strategy": "textfile"}
+    dataloader.write_text(json.dumps([entry]), "utf-8")
+    assert trainer(data_backend_config=dataloader) == 0
+    next(folder.glob("*.txt")).write_text("another caption", "utf-8")
+    assert trainer(data_backend_config=dataloader, max_train_steps=4) == 2
+    assert "dataset 'changing' changed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
     tmp_path, tiny_model, dataloader, number, code

@@ -121,22 +121,34 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise CheckpointError(_unusable(folder, f"{TENSORS}: {error}")) from error
 
 
-def require_same(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint made with other settings than those of `identity`, before any weights load.
+def require_same(folder: Path, identity: Mapping[str, Any], data: Mapping[str, str]) -> None:
+    """Refuse a checkpoint made with other settings or other data, before any weights load.
+
+    Args:
+        identity: option -> value, of those that a run cannot change.
+        data: dataset id -> digest of what determines its batches.
 
     Raises:
-        CheckpointError: naming each setting that differs.
+        CheckpointError: naming each setting and each dataset that differs.
     """
-    saved = _unpack(_read(folder), None).get("identity", {})
+    saved = _unpack(_read(folder), None)
+    settings, datasets = saved.get("identity", {}), saved.get("data", {})
     differing = [
-        f"--{option} was {saved.get(option)!r} and is now {value!r}"
+        f"--{option} was {settings.get(option)!r} and is now {value!r}"
         for option, value in identity.items()
-        if saved.get(option) != value
+        if settings.get(option) != value
+    ]
+    differing += [f"dataset {name!r} is new" for name in data.keys() - datasets.keys()]
+    differing += [f"dataset {name!r} is gone" for name in datasets.keys() - data.keys()]
+    differing += [
+        f"the images, captions or settings of dataset {name!r} changed"
+        for name in sorted(data.keys() & datasets.keys())
+        if data[name] != datasets[name]
     ]
     if differing:
         raise CheckpointError(
-            f"{folder} was made with other settings: {'; '.join(differing)}."
-            " Set them back to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
+            f"{folder} was made otherwise: {'; '.join(differing)}."
+            " Set that back to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
         )
 
 

@@ -8,6 +8,7 @@ from helpers.training.checkpoints import CheckpointError
 
 STATE = {
     "identity": {"lora_rank": 4, "model_type": "deepfloyd-lora"},
+    "data": {"dogs": "1a", "cats": "2b"},
     "run": {"step": 3, "rates": (1e-5, 0.1), "state": {0: {"exp_avg": torch.arange(4.0), "kahan": None}}, "empty": []},
 }
 
@@ -90,7 +91,7 @@ def test_a_checkpoint_of_another_trainer_is_refused_in_words(tmp_path, spoil):
     else:
         (folder / checkpoints.STATE).write_text('{"dict": []}')
     with pytest.raises(CheckpointError, match="OUTPUT_DIR"):
-        checkpoints.require_same(folder, STATE["identity"])
+        checkpoints.require_same(folder, STATE["identity"], STATE["data"])
         checkpoints.load_state(folder)
 
 
@@ -109,6 +110,19 @@ def test_without_checkpoints_latest_and_none_start_anew(tmp_path):
 
 def test_other_settings_are_refused_by_name_with_both_values(tmp_path):
     folder = save(tmp_path, 5)
-    checkpoints.require_same(folder, STATE["identity"])
+    checkpoints.require_same(folder, STATE["identity"], STATE["data"])
     with pytest.raises(CheckpointError, match="--lora_rank was 4 and is now 8"):
-        checkpoints.require_same(folder, {**STATE["identity"], "lora_rank": 8})
+        checkpoints.require_same(folder, {**STATE["identity"], "lora_rank": 8}, STATE["data"])
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        ({"dogs": "1a"}, "'cats' is gone"),
+        ({"dogs": "1a", "cats": "2b", "owls": "3c"}, "'owls' is new"),
+        ({"dogs": "1a", "cats": "9z"}, "of dataset 'cats' changed"),
+    ],
+)
+def test_other_data_is_refused_by_the_dataset(tmp_path, data, words):
+    with pytest.raises(CheckpointError, match=words):
+        checkpoints.require_same(save(tmp_path, 5), STATE["identity"], data)
