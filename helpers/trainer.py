@@ -81,7 +81,7 @@ def train(resolved: Resolved, backends: Backends) -> int:
     job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config, spec), _prompts(config))
     _require_writable(job)
     datasets, prepared = _plan_data(job)
-    data = _sampler(config, datasets).digests()
+    data = {dataset.id: dataset.digest() for dataset in datasets}
     checkpoint = _checkpoint(job, data)
     name, revision, variant = config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant
     if config.run.dry_run and not Path(name).is_dir():

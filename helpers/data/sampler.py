@@ -98,19 +98,6 @@ class Sampler:
         counts = np.bincount(self._planned(epoch).deck, minlength=len(self._decks))
         return {deck.dataset.id: number for deck, number in zip(self._decks, counts.tolist())}
 
-    def digests(self) -> dict[str, str]:
-        """A hash of each dataset, by its id: what differs since a checkpoint is what was changed."""
-        return {deck.dataset.id: deck.dataset.digest() for deck in self._decks}
-
-    def digest(self) -> str:
-        """A hash of all that the batches depend on: the datasets, batch size, seed and caption dropout.
-
-        Samplers of the same digest give the same batches. Where the digests of all datasets are equal too, it was an
-        option that changed.
-        """
-        words = (self._batch_size, self._seed, float(self._caption_dropout_probability), sorted(self.digests().items()))
-        return _digest(16, *words).hex()
-
     def _batches(self, start: Position) -> Iterator[tuple[Position, BatchPlan]]:
         first = start.batch
         for epoch in count(start.epoch):

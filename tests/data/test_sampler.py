@@ -229,18 +229,6 @@ def test_an_empty_dataset_is_an_error_that_says_why_it_is_empty():
         Sampler([], 4, 42, 0.1)
 
 
-def test_the_digest_tells_whether_the_batches_are_the_same_and_which_dataset_made_the_difference():
-    data, other = dataset(20), dataset(9, SQUARE, "other")
-    base = sampler(data, other)
-    assert sampler(dataset(20), dataset(9, SQUARE, "other")).digest() == base.digest()
-    assert base.digests() == {"set": data.digest(), "other": other.digest()}
-    changed = sampler(data, dataset(10, SQUARE, "other"))
-    assert {name for name, digest in changed.digests().items() if base.digests()[name] != digest} == {"other"}
-    options = [sampler(data, other, batch_size=5), sampler(data, other, seed=1), sampler(data, other, dropout=0.2)]
-    assert all(one.digests() == base.digests() for one in options)
-    assert len({of.digest() for of in [base, changed, sampler(data), *options]}) == 6
-
-
 def test_draws_are_the_same_on_every_machine_and_in_every_release():
     """A checkpoint must resume to the same crops after an upgrade: these numbers may never change."""
     of = sampler(dataset(5, SQUARE))
