@@ -22,7 +22,7 @@ def write_whole(path: Path, content: bytes) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    flush(path.parent)
 
 
 def delete_stale_partials(folder: Path) -> None:
@@ -37,9 +37,9 @@ def printable(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename in the folder survive a loss of power."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, would survive a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

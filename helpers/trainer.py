@@ -278,7 +278,10 @@ def _train_and_export(
         if run.step == 0 or (run.finished and not validation.is_done(run.step)):
             validation(run)
     _stop_on_signals(run)
-    loop.train(run, batches, periodic)
+    try:
+        loop.train(run, batches, periodic)
+    finally:
+        run.accelerator.end_training()  # however it ends: an open tracker loses what it has not written yet
     if run.finished:
         _finish(run, job, model, validation)
         return 0
@@ -317,7 +320,6 @@ def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> N
         lines.append(f"  {_shown(comparison)}    before and after")
     if job.config.run.report_to == "tensorboard":
         lines.append(f"  {_shown(output / 'logs')}    curves: tensorboard --logdir {_shown(output / 'logs')}")
-    run.accelerator.end_training()
     print("\n".join([f"\nFinished after {run.step:,} steps.", *lines]))
 
 

@@ -322,8 +322,10 @@ def test_the_text_encoder_is_freed_before_the_unet_is_loaded(trainer, monkeypatc
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_own_code_and_saves_nothing(trainer, tmp_path, capfd):
     # A rate that throws the weights out of float32's range.
     flags = {"model_type": "deepfloyd-full", "lora_rank": None, "learning_rate": 1e30, "max_grad_norm": 0}
-    assert trainer(**flags, max_train_steps=50, lr_scheduler="constant", checkpointing_steps=1) == 3
+    flags |= {"max_train_steps": 50, "lr_scheduler": "constant", "checkpointing_steps": 1, "report_to": "tensorboard"}
+    assert trainer(**flags) == 3
     assert "LEARNING_RATE" in capfd.readouterr().err
+    assert len(scalars(tmp_path / "output" / "logs", "train/loss")) >= 1, "the curve up to there is written"
     for folder in checkpoints.found(tmp_path / "output"):
         for name, tensor in load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").items():
             assert torch.isfinite(tensor).all(), name

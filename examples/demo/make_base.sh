@@ -4,7 +4,7 @@
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . helpers/environment.sh
-find_python
+need_python
 work=examples/demo/work
 [ -d "$work/known" ] || "$PYTHON" -m examples.demo.draw "$work/known" --kind known --count 6400 --seed 1 --edges 66 80
 [ -d "$work/untrained" ] || "$PYTHON" -m examples.demo.make_model "$work/untrained"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from helpers.files import flush
 from helpers.models.adapters import Adapter
 
 TENSORS = "state.safetensors"
@@ -41,9 +41,9 @@ def save(output: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state
     (partial / STATE).write_text(json.dumps(_pack(state, tensors), indent=1) + "\n", "utf-8")
     save_file(tensors, partial / TENSORS)
     for path in [*partial.rglob("*"), partial]:
-        _flush(path)
+        flush(path)
     partial.rename(folder)
-    _flush(output)
+    flush(output)
     for old in found(output)[:-keep] if keep else []:
         shutil.rmtree(old)
     return folder
@@ -67,14 +67,6 @@ def _free(path: Path) -> Path:
     """The path itself, or with a number behind it where it is taken."""
     candidates = (path.with_name(f"{path.name}-{number}" if number else path.name) for number in itertools.count())
     return next(candidate for candidate in candidates if not candidate.exists())
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def found(output: Path) -> list[Path]:

@@ -155,7 +155,7 @@ class Progress:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
-            if kind is None:
+            if kind is None or issubclass(kind, NonFiniteLoss):  # after any other error the device may not answer
                 self.draw()
         finally:
             self.bar.close()
@@ -174,13 +174,12 @@ class Progress:
         if not self.waiting:
             return
         seconds = max(time.monotonic() - self.drawn, 1e-9)
-        losses = torch.stack([loss for _, _, loss in self.waiting]).tolist()
-        for (step, _, _), loss in zip(self.waiting, losses):
+        waiting, self.waiting = self.waiting, []
+        losses = torch.stack([loss for _, _, loss in waiting]).tolist()
+        for (step, rate, _), loss in zip(waiting, losses):
             if not math.isfinite(loss):
                 raise NonFiniteLoss(_broken(f"The loss is {loss} at step {step}"))
-        for (step, rate, _), loss in zip(self.waiting, losses):
             self.run.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {rate:.2e}, {self.samples / seconds:.1f} samples/s", False)
-        self.bar.update(len(self.waiting))
-        self.waiting.clear()
+        self.bar.update(len(waiting))
         self.samples, self.drawn = 0, time.monotonic()
