@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from helpers.data.collate import Batch
 from helpers.data.sampler import Position
 from helpers.diffusion.noising import schedule_from_betas
-from helpers.diffusion.objective import EpsilonObjective
+from helpers.diffusion.objective import LossSettings, epsilon_objective
 from helpers.models.adapters import Adapter, trainable_parameters
 from helpers.models.families import SPECS
 from helpers.models.loading import Parts
@@ -36,8 +36,8 @@ def random_parts(architecture: Path, scheduler: Path, dtype: torch.dtype, device
     finally:
         torch.set_default_dtype(default)
     schedule = schedule_from_betas(DDPMScheduler.from_config(DDPMScheduler.load_config(scheduler)).betas).to(device)
-    trains_variance = unet.config.out_channels == 2 * SPEC.space.channels
-    return Parts(SPEC, unet, schedule, EpsilonObjective(schedule, trains_variance))
+    predicts_variance = unet.config.out_channels == 2 * SPEC.space.channels
+    return Parts(SPEC, unet, schedule, epsilon_objective(schedule, predicts_variance, LossSettings()))
 
 
 def random_batch(parts: Parts, size: int, device: torch.device) -> Batch:

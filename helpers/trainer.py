@@ -237,7 +237,7 @@ def _validation(job: Job, texts: TextCaches, model: Path) -> Validation | None:
         inference_steps=options.validation_num_inference_steps,
         guidance=options.validation_guidance,
         seed=options.validation_seed,
-        scheduler_changes={} if job.config.training.train_variance else {"variance_type": "fixed_small"},
+        scheduler_changes={} if job.config.loss.train_variance else {"variance_type": "fixed_small"},
     )
 
 
@@ -313,7 +313,7 @@ def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> N
     """Export, and tell where everything is."""
     output = job.config.run.output_dir
     lines = [f"  {_shown(job.adapter.export(run.parts.unet, model, output))}    the result, for diffusers"]
-    if not job.config.training.train_variance and job.config.training_kind == "lora":
+    if not job.config.loss.train_variance and job.config.training_kind == "lora":
         lines.append('    its variance was not trained: sample it with a scheduler of variance_type="fixed_small"')
     comparison = before_and_after(output, validation.prompts, validation.sizes) if validation else None
     if comparison:

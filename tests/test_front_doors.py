@@ -41,11 +41,13 @@ VALUES = {
     "max_grad_norm": ("0", 0),
     "gradient_checkpointing": ("yes", True),
     "mixed_precision": ("no", "no"),
-    "train_variance": ("no", False),
     "pure_bf16": ("TRUE", True),
     "attention_mechanism": ("xformers", "xformers"),
     "seed": ("7", 7),
     "allow_tf32": ("0", False),
+    "train_variance": ("no", False),
+    "snr_gamma": ("5", 5.0),
+    "soft_min_snr": ("true", True),
     "lora_rank": ("8", 8),
     "lora_alpha": ("4", 4),
     "lora_dropout": ("0.1", 0.1),
@@ -80,6 +82,7 @@ VALUES = {
     "dry_run": ("on", True),
 }
 SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
+NEEDED = {"resolution_type": ["--resolution=0.01"], "soft_min_snr": ["--snr_gamma=5"]}
 BASE = {"model_type": "deepfloyd-lora"}
 
 
@@ -92,9 +95,7 @@ def test_an_export_a_flag_and_a_key_give_the_same_config(name, tmp_path):
     library = tmp_path / "prompts.json"
     library.write_text('{"fox": "a fox"}', encoding="utf-8")
     text, value = (str(library), str(library)) if name == "validation_prompt_library" else VALUES[name]
-    base = [f"--{key}={base}" for key, base in BASE.items() if key != name]
-    if (name, value) == ("resolution_type", "area"):
-        base.append("--resolution=0.01")
+    base = [f"--{key}={base}" for key, base in BASE.items() if key != name] + NEEDED.get(name, [])
     by_flag = load([*base, f"--{name}={text}"])
     path = tmp_path / "config.json"
     path.write_text(json.dumps({name: value}), encoding="utf-8")

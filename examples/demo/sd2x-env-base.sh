@@ -9,7 +9,10 @@ export RESOLUTION=64
 export RESOLUTION_TYPE="pixel"
 export CAPTION_STRATEGY="textfile"
 export TRAIN_BATCH_SIZE=16
-export MAX_NUM_STEPS=3000
+export MAX_NUM_STEPS=6000
+
+# Shapes are decided where there is little but noise, and there the plain loss is smallest.
+export MIN_SNR_GAMMA=0.5
 
 export LEARNING_RATE=2e-3
 export LEARNING_RATE_END=0

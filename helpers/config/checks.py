@@ -28,6 +28,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _validation_sizes(config)
     yield from _precision(config)
     yield from _learning_rate(config)
+    yield from _loss(config)
     yield from _tracker(config)
     if config.validation.validation_guidance_rescale and not config.family.guidance_rescale:
         yield Problem(
@@ -143,6 +144,12 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
             f"found 'constant' beside {options.lr_warmup_steps} warm-up steps: "
             "type constant_with_warmup, or set lr_warmup_steps to 0",
         )
+
+
+def _loss(config: Config) -> Iterator[Problem]:
+    if config.loss.soft_min_snr and not config.loss.snr_gamma:
+        words = "found true without a snr_gamma, which it softens: type a snr_gamma such as 5, or set it to false"
+        yield Problem(("soft_min_snr", "snr_gamma"), words)
 
 
 def _tracker(config: Config) -> Iterator[Problem]:

@@ -21,8 +21,8 @@ from helpers.config.paths import ROOT
 from helpers.config.problems import needs
 
 TITLES: Mapping[str, str] = MappingProxyType({
-    "model": "Model", "data": "Data", "training": "Training", "lora": "LoRA", "optimizer": "Optimizer and schedule",
-    "validation": "Validation", "run": "Run", "door": "The config file", "launch": "Launcher (exports only)",
+    "model": "Model", "data": "Data", "training": "Training", "loss": "Loss", "lora": "LoRA",
+    "optimizer": "Optimizer and schedule", "validation": "Validation", "run": "Run", "door": "The config file", "launch": "Launcher (exports only)",
 })
 
 INTRODUCTION = """\

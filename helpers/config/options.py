@@ -175,14 +175,21 @@ class TrainingOptions(Group):
     mixed_precision: Literal["no", "bf16"] = option(
         "bf16", help="Precision of the computation.",
         refused={"fp16": "DeepFloyd's text encoder and UNet overflow in fp16: type bf16"})
-    train_variance: Switch = option(
-        True, help="Train the learned variance too; without it, inference needs variance_type fixed_small.")
     pure_bf16: Switch = option(False, help="Keep the trained weights and the optimizer's state in bf16 too.")
     attention_mechanism: Literal["sdpa", "xformers"] = option(
         "sdpa", switches={"USE_XFORMERS": "xformers"},
         help="Attention kernels; sdpa is used where xformers is not at hand, and needs no more memory.")
     seed: Whole = option(42, export="TRAINING_SEED", ge=0, help="Seed of everything that training draws.")
     allow_tf32: Switch = option(True, help="Let CUDA round fp32 matrix products to TF32.")
+
+
+class LossOptions(Group):
+    train_variance: Switch = option(
+        True, help="Train the learned variance too; without it, inference needs variance_type fixed_small.")
+    snr_gamma: Real = option(
+        0.0, export="MIN_SNR_GAMMA", ge=0,
+        help="Min-SNR weighting: the smaller, the less the nearly clear timesteps count; 0: all count the same.")
+    soft_min_snr: Switch = option(False, export="USE_SOFT_MIN_SNR", help="Min-SNR weighting without its corner.")
 
 
 class LoraOptions(Group):
@@ -272,6 +279,7 @@ class Config(BaseModel):
     model: ModelOptions
     data: DataOptions
     training: TrainingOptions
+    loss: LossOptions
     lora: LoraOptions
     optimizer: OptimizerOptions
     validation: ValidationOptions

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss
 
 from helpers.diffusion.noising import Schedule
 from helpers.diffusion.variance import variational_bound
+from helpers.diffusion.weighting import min_snr
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """Which terms the loss has, and how they are weighted.
+
+    Args:
+        trains_variance: train the variance too, where the UNet predicts one.
+        snr_gamma, soft_min_snr: see `weighting.min_snr`.
+    """
+
+    trains_variance: bool = True
+    snr_gamma: float = 0.0
+    soft_min_snr: bool = False
 
 
 @dataclass(frozen=True)
 class EpsilonObjective:
-    """Epsilon prediction: L = mean((eps - eps_hat)^2), plus vb_t * T / 1000 where the predicted variance is trained.
+    """Epsilon prediction: L = mean(w_t (eps - eps_hat)^2), plus vb_t * T / 1000 where the predicted variance is trained.
 
     That second weight is Improved DDPM's L_hybrid in the scale that DeepFloyd IF was trained with.
+
+    Args:
+        weights: w_t, float32 `[T]`.
     """
 
     schedule: Schedule
     trains_variance: bool
+    weights: Tensor
 
     def __call__(self, output: Tensor, x_0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """The loss of a batch: a float32 scalar.
@@ -30,7 +49,18 @@ class EpsilonObjective:
             t: int64 `[B]`.
         """
         eps_hat, v = output[:, : eps.shape[1]], output[:, eps.shape[1] :]
+        squared_error = (eps_hat - eps).square().mean(dim=(1, 2, 3))
+        loss = (self.weights[t] * squared_error).mean()
         if not self.trains_variance:
-            return mse_loss(eps_hat, eps)
+            return loss
         bound = variational_bound(self.schedule, x_0, x_t, t, eps_hat, v)
-        return mse_loss(eps_hat, eps) + bound.mean() * self.schedule.timesteps / 1000
+        return loss + bound.mean() * self.schedule.timesteps / 1000
+
+    def to(self, device: torch.device) -> EpsilonObjective:
+        return replace(self, schedule=self.schedule.to(device), weights=self.weights.to(device))
+
+
+def epsilon_objective(schedule: Schedule, predicts_variance: bool, settings: LossSettings) -> EpsilonObjective:
+    """The objective of a UNet that predicts epsilon, and perhaps a variance beside it."""
+    weights = min_snr(schedule, settings.snr_gamma, settings.soft_min_snr)
+    return EpsilonObjective(schedule, predicts_variance and settings.trains_variance, weights)

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 
 from helpers.config.families import Family
 from helpers.diffusion.noising import Schedule, schedule_from_betas
-from helpers.diffusion.objective import EpsilonObjective
+from helpers.diffusion.objective import EpsilonObjective, LossSettings, epsilon_objective
 from helpers.models.spec import Spec
 
 COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer")
@@ -43,10 +43,8 @@ class Parts:
     objective: EpsilonObjective
 
     def to(self, device: torch.device) -> Parts:
-        schedule = self.schedule.to(device)
-        return replace(
-            self, unet=self.unet.to(device), schedule=schedule, objective=replace(self.objective, schedule=schedule)
-        )
+        unet, schedule, objective = (part.to(device) for part in (self.unet, self.schedule, self.objective))
+        return replace(self, unet=unet, schedule=schedule, objective=objective)
 
 
 def fetch_configs(name: str, revision: str | None) -> Path:
@@ -172,15 +170,11 @@ def _json(path: Path) -> dict:
 
 
 def load(
-    spec: Spec, folder: Path, dtype: torch.dtype, variant: str | None = None, trains_variance: bool = True
+    spec: Spec, folder: Path, dtype: torch.dtype, variant: str | None = None, loss: LossSettings = LossSettings()
 ) -> Parts:
-    """Read the UNet in `dtype` and the scheduler; betas and channels are the checkpoint's own.
-
-    Args:
-        trains_variance: train the variance too, where the UNet predicts one.
-    """
+    """Read the UNet in `dtype` and the scheduler; betas and channels are the checkpoint's own."""
     # Never a pickled file, which diffusers would fall back to.
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant, use_safetensors=True)
     schedule = schedule_from_betas(DDPMScheduler.from_pretrained(folder / "scheduler").betas)
     predicts_variance = unet.config.out_channels == 2 * spec.space.channels
-    return Parts(spec, unet, schedule, EpsilonObjective(schedule, predicts_variance and trains_variance))
+    return Parts(spec, unet, schedule, epsilon_objective(schedule, predicts_variance, loss))

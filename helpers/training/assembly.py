@@ -14,6 +14,7 @@ from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
 
 from helpers.config.options import Config, OptimizerOptions, TrainingOptions
+from helpers.diffusion.objective import LossSettings
 from helpers.models import loading
 from helpers.models.adapters import Adapter, Full, LoRA, trainable_parameters
 from helpers.models.spec import Spec
@@ -81,7 +82,7 @@ def start_tracker(accelerator: Accelerator, config: Config, options: Mapping[str
 def adapter_of(config: Config, spec: Spec) -> Adapter:
     """What MODEL_TYPE says is trained."""
     if config.training_kind == "full":
-        return Full(config.model.variant, config.training.train_variance)
+        return Full(config.model.variant, config.loss.train_variance)
     lora = config.lora
     alpha = lora.lora_alpha if lora.lora_alpha is not None else lora.lora_rank
     return LoRA(spec.pipeline, lora.lora_rank, alpha, lora.lora_dropout, lora.lora_targets)
@@ -116,7 +117,8 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
     torch.manual_seed(training.seed)  # the adapter's first values
     whole = isinstance(adapter, Full)
     dtype = precision.trained if whole else precision.frozen
-    parts = loading.load(spec, folder, dtype, config.model.variant, training.train_variance)
+    loss = LossSettings(config.loss.train_variance, config.loss.snr_gamma, config.loss.soft_min_snr)
+    parts = loading.load(spec, folder, dtype, config.model.variant, loss)
     adapter.attach(parts.unet, precision.trained)
     if training.gradient_checkpointing:
         parts.unet.enable_gradient_checkpointing()

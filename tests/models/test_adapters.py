@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, IFPipeline
 
+from helpers.diffusion.objective import LossSettings
 from helpers.models import loading
 from helpers.models.adapters import ATTENTION, CONVOLUTIONS, LORA_TARGETS, Full, LoRA, trainable_parameters
 from helpers.models.families import SPECS
@@ -105,6 +106,6 @@ def test_nothing_that_is_exported_tells_where_the_base_lay(tiny_model, tmp_path)
 
 @pytest.mark.parametrize("trained, variance", [(True, "learned_range"), (False, "fixed_small")])
 def test_a_pipeline_samples_with_a_fixed_variance_where_it_was_not_trained(tiny_model, tmp_path, trained, variance):
-    unet = loading.load(SPEC, tiny_model, torch.float32, trains_variance=trained).unet
+    unet = loading.load(SPEC, tiny_model, torch.float32, loss=LossSettings(trains_variance=trained)).unet
     exported = Full(trains_variance=trained).export(unet, tiny_model, tmp_path)
     assert DDPMScheduler.from_pretrained(exported / "scheduler").config.variance_type == variance

@@ -9,6 +9,7 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from helpers.config.families import DEEPFLOYD_I
+from helpers.diffusion.objective import LossSettings
 from helpers.models import loading
 from helpers.models.families import SPECS
 from helpers.models.loading import WeightsError
@@ -149,6 +150,6 @@ def test_the_variance_is_trained_where_the_weights_have_one_and_it_is_wanted(mod
 
     config = UNet2DConditionModel.load_config(model / "unet")
     UNet2DConditionModel.from_config({**config, "out_channels": channels}).save_pretrained(model / "unet")
-    parts = loading.load(SPEC, model, torch.float32, trains_variance=wanted)
+    parts = loading.load(SPEC, model, torch.float32, loss=LossSettings(trains_variance=wanted))
     assert parts.objective.trains_variance is trained
     assert parts.schedule.timesteps == 1000
