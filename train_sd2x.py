@@ -7,6 +7,7 @@ NaN or infinite; 128 + the signal when it was interrupted. What cannot be forese
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from helpers.config.problems import ConfigError
 # Read by transformers and diffusers as they are imported: they greet with warnings about packages not needed here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on a CPU it warns, of its 4-bit products
 
 BAD_INPUT = 2
 BROKE_DOWN = 3

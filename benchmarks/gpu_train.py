@@ -1,80 +1,221 @@
 #!/usr/bin/env python3
-"""Memory and speed of a training step on the real architecture, with random weights: neither depends on their values.
+"""Memory and speed of training the published architectures, with random weights: neither depends on their values.
 
-    python -m benchmarks.gpu_train [--steps 30] [--output FILE]
+    python -m benchmarks.gpu_train [--only NAME ...] [--steps 30] [--batch N] [--full_size] [--output FILE]
 
-On a GPU: IF-I-M, LoRA of rank 32, batch 4, pure bf16. Without one: the demo's tiny UNet in the same configuration, so
-that the script itself is tested everywhere. The documents' figure for the first is 22-24 GB.
+Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs. `--only` takes beginnings of
+the cases' names, such as "I-M lora b4"; what was measured before on the same machine and commit stays in the file.
+Without a GPU the architectures are shrunk, for trying the script anywhere; `--full_size` takes them as they are.
+Beside each peak stands what `--dry_run` estimates for it. The documents' figure for the first case is 22-24 GB.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 
-from benchmarks.machine import ROOT, write_result
-from benchmarks.step_overhead import DEMO, our_loop
+from benchmarks.machine import ROOT, describe_machine, keep_result
+from benchmarks.step_overhead import our_loop
 from benchmarks.synthetic import create_run, random_batch, random_parts
-from helpers.models.adapters import LoRA
+from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.full import Full
+from helpers.models.gradient_checkpointing import checkpoint_everything
+from helpers.models.lora import LoRA
+from helpers.models.published import architecture
+from helpers.sizes import Size
+from helpers.training.loop import Run
+from helpers.training.memory import Setup, estimate
 
-ARCHITECTURES = ROOT / "benchmarks" / "architectures"
-RANK, BATCH, WARM_UP = 32, 4, 5
+RANK, WARM_UP, OPTIMIZER = 32, 5, "adamw_bf16"
+FAMILIES = {"I": "deepfloyd-i", "II": "deepfloyd-ii"}
+DTYPE = torch.bfloat16
 
 
-def measure(steps: int) -> dict[str, object]:
-    """Peak memory in GB, seconds a step and samples a second of LoRA training in pure bf16."""
+@dataclass(frozen=True)
+class Case:
+    """One configuration.
+
+    Attributes:
+        model: such as "I-M".
+        training: "lora" or "full".
+        mode: of torch.compile; None: not compiled.
+    """
+
+    model: str
+    training: str
+    batch: int
+    checkpointing: bool = False
+    mode: str | None = None
+
+    @property
+    def name(self) -> str:
+        words = [self.model, self.training, f"b{self.batch}", "checkpointed" if self.checkpointing else ""]
+        words += [{None: "", "default": "compiled"}.get(self.mode, f"compiled for {self.mode}")]
+        return " ".join(filter(None, words))
+
+    @property
+    def family(self) -> str:
+        return FAMILIES[self.model.partition("-")[0]]
+
+    @property
+    def adapter(self) -> Adapter:
+        return Full() if self.training == "full" else LoRA(RANK, RANK, dropout=0.0, targets="attention")
+
+
+CASES = [
+    Case(model, training, 4, checkpointing, mode)
+    for model in ("I-M", "II-M")
+    for training in ("lora", "full")
+    for checkpointing in (False, True)
+    for mode in (None, "default")
+] + [
+    Case("I-M", "lora", 4, mode="reduce-overhead"),
+    Case("I-M", "lora", 64),
+    Case("I-M", "lora", 64, mode="default"),
+    Case("I-XL", "lora", 4),
+    Case("I-XL", "lora", 4, checkpointing=True),
+]
+
+
+def measure(case: Case, steps: int, batch: int, full_size: bool, backend: str) -> dict[str, Any]:
+    """Peak memory in GB, seconds a step and samples a second of one case."""
+    config = UNet2DConditionModel.load_config(architecture(f"DeepFloyd/IF-{case.model}-v1.0"))
+    config = config if full_size else shrunk(config)
     accelerator = Accelerator()
     on_gpu = accelerator.device.type == "cuda"
+    _forget(on_gpu)
     torch.manual_seed(0)
-    architecture = ARCHITECTURES / "IF-I-M-v1.0_unet.json" if on_gpu else DEMO / "unet" / "config.json"
-    parts = random_parts(architecture, ARCHITECTURES / "stage1_scheduler.json", torch.bfloat16, accelerator.device)
-    adapter = LoRA("IFPipeline", rank=RANK, alpha=RANK, dropout=0.0, targets="attention")
-    run = create_run(parts, adapter, torch.bfloat16, "adamw_bf16", accelerator)
-    batch = random_batch(parts, BATCH, accelerator.device)
-    our_loop(run, batch, WARM_UP if on_gpu else 1)
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    our_loop(run, batch, steps)
-    if on_gpu:
-        torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / steps
-    return {
-        "architecture": "IF-I-M-v1.0" if on_gpu else "demo",
+    parts = random_parts(case.family, config, DTYPE, accelerator.device)
+    run = create_run(parts, case.adapter, DTYPE, OPTIMIZER, accelerator)
+    if case.checkpointing:
+        checkpoint_everything(parts.unet)
+    if case.mode:
+        run.unet = torch.compile(run.unet, backend=backend, mode=case.mode, fullgraph=True, dynamic=False)
+    data = random_batch(parts, batch, accelerator.device)
+    row = {
+        "batch": batch,
         "parameters": sum(parameter.numel() for parameter in parts.unet.parameters()),
-        "trained_parameters": sum(p.numel() for p in parts.unet.parameters() if p.requires_grad),
-        "rank": RANK,
-        "batch": BATCH,
-        "precision": "pure bf16",
-        "steps": steps,
+        "trained_parameters": sum(parameter.numel() for parameter in trainable_parameters(parts.unet)),
+        "estimated_gb": estimated_gb(case, config, batch),
+    }
+    try:
+        first = _seconds(run, data, 1)
+        if on_gpu:
+            our_loop(run, data, WARM_UP)
+        a_step = _seconds(run, data, steps) / steps
+    except torch.OutOfMemoryError:
+        return {**row, "out_of_memory": True}
+    return {
+        **row,
         "peak_gb": peak_gb(on_gpu),
         "peak_is": "allocated on the GPU" if on_gpu else "resident in the process",
-        "seconds_a_step": seconds,
-        "samples_a_second": BATCH / seconds,
+        "seconds_of_the_first_step": first,
+        "seconds_a_step": a_step,
+        "samples_a_second": batch / a_step,
     }
 
 
+def shrunk(config: dict[str, Any]) -> dict[str, Any]:
+    """The same blocks, with one layer each and a sixteenth of the widths."""
+    widths = [width // 16 for width in config["block_out_channels"]]
+    return {
+        **config,
+        "sample_size": config["sample_size"] // 2,
+        "block_out_channels": widths,
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 32,
+        "encoder_hid_dim": 32,
+        "addition_embed_type_num_heads": 4,
+        "time_embedding_dim": config["time_embedding_dim"] and 32,
+    }
+
+
+def estimated_gb(case: Case, config: dict[str, Any], batch: int) -> float:
+    """What a dry run says of this case."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(config), "utf-8")
+        edge = config["sample_size"]
+        setup = Setup(
+            architecture=path,
+            adapter=case.adapter,
+            weights=DTYPE,
+            trained=DTYPE,
+            autocast=False,
+            optimizer=OPTIMIZER,
+            ema=False,
+            checkpointing=case.checkpointing,
+            batch_size=batch,
+            size=Size(edge, edge),
+            tokens=77,
+        )
+        return estimate(setup).peak / 1e9
+
+
+def _forget(on_gpu: bool) -> None:
+    """Free what an earlier case left behind."""
+    gc.collect()
+    torch._dynamo.reset()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _seconds(run: Run, batch: Any, steps: int) -> float:
+    start = time.perf_counter()
+    our_loop(run, batch, steps)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
 def peak_gb(on_gpu: bool) -> float:
-    """The most memory held so far, in 1e9 bytes."""
+    """The most memory held so far, in 1e9 bytes; on a GPU since the case began."""
     if on_gpu:
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
-    parser = argparse.ArgumentParser(description="Measure memory and speed of LoRA training with random weights.")
+def measured_before(path: Path) -> dict[str, Any]:
+    """The cases in the file, if they were measured on this machine with these versions."""
+    result = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return result["cases"] if result.get("machine") == describe_machine() else {}
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description="Measure memory and speed of training with random weights.")
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of the cases to measure")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch", type=int, help="in place of the cases' own")
+    parser.add_argument("--full_size", action="store_true", default=torch.cuda.is_available())
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_train.json")
     options = parser.parse_args(arguments)
-    return write_result(options.output, measure(options.steps))
+    rows = measured_before(options.output)
+    for case in CASES:
+        if case.name.startswith(tuple(options.only)):
+            batch = options.batch or case.batch
+            row = measure(case, options.steps, batch, options.full_size, options.backend)
+            rows[case.name] = {**row, "shrunk": not options.full_size, "steps": options.steps}
+            print(case.name, json.dumps(rows[case.name]), flush=True)
+            result = keep_result(options.output, {"rank": RANK, "precision": "pure bf16", "cases": rows})
+    return result
 
 
 if __name__ == "__main__":

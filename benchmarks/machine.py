@@ -30,11 +30,16 @@ def describe_machine() -> dict[str, object]:
 
 def write_result(path: Path, figures: Mapping[str, object]) -> dict[str, object]:
     """Print the figures with the machine, and keep them as JSON; returns what was written."""
+    result = keep_result(path, figures)
+    print(json.dumps(result, indent=2))
+    return result
+
+
+def keep_result(path: Path, figures: Mapping[str, object]) -> dict[str, object]:
+    """Keep the figures with the machine as JSON; returns what was written."""
     result = {**figures, "machine": describe_machine()}
-    text = json.dumps(result, indent=2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text + "\n", "utf-8")
-    print(text)
+    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
     return result
 
 

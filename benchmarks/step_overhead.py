@@ -18,23 +18,26 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 
 from benchmarks.machine import ROOT, write_result
 from benchmarks.synthetic import create_run, endless, random_batch, random_parts
 from helpers.data.collate import Batch
 from helpers.diffusion.noising import add_noise
-from helpers.models.adapters import LoRA, trainable_parameters
+from helpers.models.adapters import trainable_parameters
+from helpers.models.lora import LoRA
 from helpers.training.loop import Run, train
 
 DEMO = ROOT / "examples" / "demo" / "model"
 
 
-def measure(architecture: Path, scheduler: Path, batch_size: int, steps: int, rounds: int) -> dict[str, object]:
+def measure(architecture: Path, batch_size: int, steps: int, rounds: int) -> dict[str, object]:
     """Seconds a step of both loops, and the overhead as the median of the rounds' ratios minus 1."""
     accelerator = Accelerator()
     torch.manual_seed(0)
-    parts = random_parts(architecture, scheduler, torch.float32, accelerator.device)
-    adapter = LoRA("IFPipeline", rank=16, alpha=16, dropout=0.0, targets="attention")
+    config = UNet2DConditionModel.load_config(architecture)
+    parts = random_parts("deepfloyd-i", config, torch.float32, accelerator.device)
+    adapter = LoRA(rank=16, alpha=16, dropout=0.0, targets="attention")
     run = create_run(parts, adapter, torch.float32, "adamw", accelerator)
     batch = random_batch(parts, batch_size, accelerator.device)
     bare_loop(run, batch, 2)
@@ -85,13 +88,12 @@ def timed(loop: Callable[[Run, Batch, int], None], run: Run, batch: Batch, steps
 def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     parser = argparse.ArgumentParser(description="Measure what the training loop costs beyond a bare one.")
     parser.add_argument("--architecture", type=Path, default=DEMO / "unet" / "config.json")
-    parser.add_argument("--scheduler", type=Path, default=DEMO / "scheduler" / "scheduler_config.json")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "step_overhead.json")
     options = parser.parse_args(arguments)
-    figures = measure(options.architecture, options.scheduler, options.batch, options.steps, options.rounds)
+    figures = measure(options.architecture, options.batch, options.steps, options.rounds)
     return write_result(options.output, figures)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import repeat
-from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,39 +12,51 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from helpers.data.collate import Batch
 from helpers.data.sampler import Position
-from helpers.diffusion.noising import schedule_from_betas
-from helpers.diffusion.objective import LossSettings, epsilon_objective
+from helpers.diffusion.noising import Schedule, schedule_from_betas
 from helpers.models.adapters import Adapter, trainable_parameters
 from helpers.models.families import SPECS
-from helpers.models.loading import Parts
+from helpers.models.parts import Parts, put_together
+from helpers.models.published import ARCHITECTURES
 from helpers.training.loop import Run
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
 from helpers.training.schedules import LearningRate
 
-SPEC = SPECS["deepfloyd-i"]
+# The files with the noise's schedules: of x, and of what joins it.
+SCHEDULERS = {
+    "deepfloyd-i": ("stage1_scheduler.json", None),
+    "deepfloyd-ii": ("stage2_scheduler.json", "stage2_image_noising_scheduler.json"),
+}
 ADAM = AdamSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.01)
 LEARNING_RATE = 1e-5
 
 
-def random_parts(architecture: Path, scheduler: Path, dtype: torch.dtype, device: torch.device) -> Parts:
-    """A model of this architecture (a UNet's config.json) with random weights, made on the device in its dtype."""
+def random_parts(family: str, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Parts:
+    """A model of a family, a key of `SPECS`, with random weights, made on the device in its dtype.
+
+    Args:
+        config: that of its UNet, as the file of this name has it.
+    """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(architecture))
+            unet = UNet2DConditionModel.from_config(config)
     finally:
         torch.set_default_dtype(default)
-    schedule = schedule_from_betas(DDPMScheduler.from_config(DDPMScheduler.load_config(scheduler)).betas).to(device)
-    predicts_variance = unet.config.out_channels == 2 * SPEC.space.channels
-    return Parts(SPEC, unet, schedule, epsilon_objective(schedule, predicts_variance, LossSettings()))
+    schedule, low_res_schedule = (name and _schedule(name) for name in SCHEDULERS[family])
+    return put_together(SPECS[family], unet, schedule, low_res_schedule).to(device)
+
+
+def _schedule(name: str) -> Schedule:
+    return schedule_from_betas(DDPMScheduler.from_config(DDPMScheduler.load_config(ARCHITECTURES / name)).betas)
 
 
 def random_batch(parts: Parts, size: int, device: torch.device) -> Batch:
     """`size` random images at the UNet's own resolution, with random text embeddings; a batch on the device."""
     edge, width = parts.unet.config.sample_size, parts.unet.config.encoder_hid_dim
     images = torch.randint(256, (size, edge, edge, 3), dtype=torch.uint8, device=device)
-    return Batch(images, torch.randn(size, SPEC.text.length, width, device=device).bfloat16(), (None,) * size)
+    embeds = torch.randn(size, parts.spec.text.length, width, device=device).bfloat16()
+    return Batch(images, embeds, (None,) * size)
 
 
 def endless(batch: Batch) -> Iterator[tuple[Position, Batch]]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache
 from helpers.config.backends import Backends
 from helpers.config.load import Resolved, as_json, read_prompt_library
@@ -32,16 +33,19 @@ from helpers.data.dataset import Dataset
 from helpers.data.preparation import NULL_CAPTION, TextCaches
 from helpers.data.sampler import Position, Sampler
 from helpers.data.scan import DatasetError, write_left_out
-from helpers.models import loading
+from helpers.models import loading, published
 from helpers.models.adapters import Adapter
+from helpers.models.bitfit import BIASES_FILE
+from helpers.models.facts import origin_of
 from helpers.models.families import SPECS
 from helpers.models.loading import WeightsError
 from helpers.models.spec import Spec
-from helpers.training import assembly, checkpoints, loop
+from helpers.training import assembly, checkpoints, loop, memory_report
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.loop import Every, NonFiniteLoss, Run, require_finite
-from helpers.validation.prompts import named_prompts, with_embeds
-from helpers.validation.render import Validation, before_and_after
+from helpers.validation.eval_images import EvalImage, Upscales, choose, file_name
+from helpers.validation.prompts import PromptPictures, named_prompts, with_embeds
+from helpers.validation.render import Sampling, Validation
 
 REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError)
 """What the user's input can be wrong in: each says in words what to change."""
@@ -78,22 +82,27 @@ def train(resolved: Resolved, backends: Backends) -> int:
     _quieten_libraries()
     config = resolved.config
     spec = SPECS[config.family.key]
-    job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config, spec), _prompts(config))
+    job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config), _prompts(config))
     _require_writable(job)
     datasets, prepared = _plan_data(job)
     data = {dataset.id: dataset.digest() for dataset in datasets}
     checkpoint = _checkpoint(job, data)
     name, revision, variant = config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant
     if config.run.dry_run and not Path(name).is_dir():
+        _tell_memory(job, published.architecture(name), datasets)
         print(f"Dry run: nothing was downloaded or trained. The weights of {name} on the hub were not looked at.")
         return 0
-    loading.check(config.family, spec, loading.fetch_configs(name, revision))
+    configs = loading.fetch_configs(name, revision)
+    loading.check(config.family, spec, configs)
+    _tell_memory(job, configs / "unet" / "config.json", datasets)
     if config.run.dry_run:
         loading.check_weight_files(Path(name), variant)
         print("Dry run: nothing was trained. The options, the data and the weights fit together.")
         return 0
     model = loading.fetch_weights(name, revision, variant)
     loading.check_weight_files(model, variant)
+    origin = origin_of(name, config.family.key, spec, model, config.loss.train_variance)
+    job = replace(job, adapter=replace(job.adapter, origin=origin))
     datasets, pixels = _cache_pixels(job, datasets)
     sampler = _sampler(config, datasets)
     _open_output(job, datasets)
@@ -103,7 +112,7 @@ def train(resolved: Resolved, backends: Backends) -> int:
     if checkpoint:
         _resume(run, job, checkpoint)
     assembly.start_tracker(accelerator, config, job.options["options"])
-    validation = _validation(job, texts, model)
+    validation = _validation(job, texts, model, datasets)
     collator = _collator(job, texts, pixels, pin_memory=accelerator.device.type == "cuda")
     batches = collator.stream(sampler.batches(run.position))
     return _train_and_export(run, job, model, validation, batches, data)
@@ -133,15 +142,18 @@ def _quieten_libraries() -> None:
 
 
 def _prompts(config: Config) -> dict[str, str]:
+    """What is drawn at each validation, by name; nothing where images are upscaled instead."""
+    if config.family.upscales:
+        return {}
     library = config.validation.validation_prompt_library
     return named_prompts(config.validation.validation_prompt, read_prompt_library(library) if library else {})
 
 
 def _plan_data(job: Job) -> tuple[list[Dataset], dict[str, str]]:
     """Scan and plan each dataset, and print what will be trained on; also every caption with its prepared text."""
-    datasets = []
+    family, datasets = job.config.family, []
     for backend in job.backends.images:
-        dataset, notes = preparation.scan_and_plan(backend, job.config.family.alignment)
+        dataset, notes = preparation.scan_and_plan(backend, family.alignment, enlarge=not family.upscales)
         datasets.append(dataset)
         for note in notes:
             print(note)
@@ -157,6 +169,17 @@ def _plan_data(job: Job) -> tuple[list[Dataset], dict[str, str]]:
     batch_size = job.config.training.train_batch_size * job.config.training.gradient_accumulation_steps
     print(f"{sampler.batches_in_epoch(0):,} batches an epoch; {steps:,} steps of up to {batch_size:,} images in all")
     return datasets, prepared
+
+
+def _tell_memory(job: Job, architecture: Path | None, datasets: Sequence[Dataset]) -> None:
+    """Print what training will need; a real run only where there is a GPU to hold that against."""
+    free = memory_report.free_on_gpu()
+    if architecture is None:
+        print("The memory needed is not known: the model's architecture is on the hub, where a dry run does not look.")
+    elif free is not None or job.config.run.dry_run:
+        targets = {plan.target for dataset in datasets for plans in dataset.plans for plan in plans}
+        largest = max(targets, key=lambda size: size.width * size.height)
+        print(memory_report.report(job.config, job.spec, architecture, largest, free))
 
 
 def _sampler(config: Config, datasets: Sequence[Dataset]) -> Sampler:
@@ -222,27 +245,54 @@ def _collator(job: Job, texts: TextCaches, pixels: Sequence[PixelCache], pin_mem
     return Collator(sources, texts.prepared, pin_memory=pin_memory)
 
 
-def _validation(job: Job, texts: TextCaches, model: Path) -> Validation | None:
-    """What to render; None where no prompt is set."""
-    if not job.prompts:
-        print("VALIDATION_PROMPT (--validation_prompt) is not set: no validation images will be made.")
-        return None
+def _validation(job: Job, texts: TextCaches, model: Path, datasets: Sequence[Dataset]) -> Validation | None:
+    """What to render; None where there is nothing to."""
     options = job.config.validation
-    return Validation(
+    sampling = Sampling(
         base=model,
-        output=job.config.run.output_dir,
-        prompts=with_embeds(job.prompts, lambda text: _embed(texts, text)),
-        negative=_embed(texts, options.validation_negative_prompt),
         sizes=options.validation_resolution,
+        negative=_embed(texts, texts.default, options.validation_negative_prompt),
         inference_steps=options.validation_num_inference_steps,
         guidance=options.validation_guidance,
         seed=options.validation_seed,
         scheduler_changes={} if job.config.loss.train_variance else {"variance_type": "fixed_small"},
     )
+    if job.config.family.upscales:
+        pictures = _upscales(job, texts, datasets, sampling)
+    else:
+        prompts = with_embeds(job.prompts, lambda text: _embed(texts, texts.default, text))
+        pictures = PromptPictures(sampling, prompts)
+    if pictures.titles:
+        return Validation(job.config.run.output_dir, pictures)
+    lacking = "NUM_EVAL_IMAGES (--num_eval_images) is 0" if job.config.family.upscales else (
+        "VALIDATION_PROMPT (--validation_prompt) is not set"
+    )
+    print(f"{lacking}: no validation images will be made.")
+    return None
 
 
-def _embed(texts: TextCaches, text: str) -> torch.Tensor:
-    return texts.default.read([texts.prepared[text]])[0]
+def _upscales(job: Job, texts: TextCaches, datasets: Sequence[Dataset], sampling: Sampling) -> Upscales:
+    options = job.config.validation
+    if options.validation_prompt or options.validation_prompt_library:
+        name = job.config.family.name
+        print(f"{name} upscales eval images, each by its own caption: validation prompts are not drawn.")
+    chosen = choose(datasets, options.num_eval_images, options.validation_seed, job.config.run.output_dir)
+    eval_images = tuple(
+        EvalImage(
+            name=file_name(dataset, record),
+            path=record.path,
+            caption=record.captions[0],
+            embeds=_embed(texts, texts.by_id[backend.text_embeds], record.captions[0]),
+        )
+        for backend, dataset in zip(job.backends.images, datasets)
+        for record in chosen[dataset.id]
+    )
+    scale, method = job.spec.conditioning.scale, job.config.data.downsample_method
+    return Upscales(sampling, eval_images, scale, options.validation_noise_level, method)
+
+
+def _embed(texts: TextCaches, cache: EmbedCache, caption: str) -> torch.Tensor:
+    return cache.read([texts.prepared[caption]])[0]
 
 
 def _resume(run: Run, job: Job, checkpoint: Path) -> None:
@@ -312,10 +362,14 @@ def _resume_command(output: Path) -> str:
 def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> None:
     """Export, and tell where everything is."""
     output = job.config.run.output_dir
-    lines = [f"  {_shown(job.adapter.export(run.parts.unet, model, output))}    the result, for diffusers"]
+    with run.averaged_weights():
+        result = job.adapter.export(run.parts.unet, model, output)
+    lines = [f"  {_shown(result)}    the result, for diffusers" + (", of averaged weights" if run.ema else "")]
     if not job.config.loss.train_variance and job.config.training_kind == "lora":
         lines.append('    its variance was not trained: sample it with a scheduler of variance_type="fixed_small"')
-    comparison = before_and_after(output, validation.prompts, validation.sizes) if validation else None
+    if job.config.training.use_bitfit:
+        lines.append(f"  {_shown(output / BIASES_FILE)}    its biases alone, for pipeline.unet.load_state_dict")
+    comparison = validation.before_and_after() if validation else None
     if comparison:
         lines.append(f"  {_shown(comparison)}    before and after")
     if job.config.run.report_to == "tensorboard":

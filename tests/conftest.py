@@ -27,6 +27,16 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_stage2(tmp_path_factory) -> Path:
+    """The same of stage II: from 16 px to 64."""
+    from examples.demo.make_model import make
+
+    folder = tmp_path_factory.mktemp("stage2")
+    make(folder, stage=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """A folder of 14 captioned JPEG and PNG files of odd sizes."""
     from examples.demo.draw import write

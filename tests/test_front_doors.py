@@ -48,10 +48,20 @@ VALUES = {
     "train_variance": ("no", False),
     "snr_gamma": ("5", 5.0),
     "soft_min_snr": ("true", True),
+    "noise_offset": ("0.05", 0.05),
+    "timestep_bias_strategy": ("later", "later"),
+    "timestep_bias_multiplier": ("2", 2.0),
+    "timestep_bias_portion": ("0.5", 0.5),
+    "timestep_bias_begin": ("100", 100),
+    "timestep_bias_end": ("900", 900),
     "lora_rank": ("8", 8),
+    "lora_rank_pattern": ("to_q=4, add_k_proj=64", {"to_q": 4, "add_k_proj": 64}),
     "lora_alpha": ("4", 4),
     "lora_dropout": ("0.1", 0.1),
     "lora_targets": ("attention+conv", "attention+conv"),
+    "use_dora": ("true", True),
+    "use_rslora": ("1", True),
+    "use_bitfit": ("yes", True),
     "optimizer": ("adamw_bf16", "adamw_bf16"),
     "learning_rate": ("1e-4", 1e-4),
     "lr_end": ("4e-6", 4e-6),
@@ -63,6 +73,8 @@ VALUES = {
     "adam_beta2": ("0.99", 0.99),
     "adam_epsilon": ("1e-6", 1e-6),
     "adam_weight_decay": ("0", 0.0),
+    "use_ema": ("true", True),
+    "ema_decay": ("0.99", 0.99),
     "validation_prompt": ("a müde fox\nin 'snow'", "a müde fox\nin 'snow'"),
     "validation_prompt_library": ("PROMPTS", "PROMPTS"),
     "validation_negative_prompt": ("blurry, ugly", "blurry, ugly"),
@@ -71,6 +83,8 @@ VALUES = {
     "validation_num_inference_steps": ("5", 5),
     "validation_guidance": ("1", 1),
     "validation_guidance_rescale": ("0.0", 0),
+    "num_eval_images": ("2", 2),
+    "validation_noise_level": ("100", 100),
     "validation_seed": ("1", 1),
     "output_dir": ("~/out", "~/out"),
     "checkpointing_steps": ("100", 100),
@@ -82,7 +96,9 @@ VALUES = {
     "dry_run": ("on", True),
 }
 SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
-NEEDED = {"resolution_type": ["--resolution=0.01"], "soft_min_snr": ["--snr_gamma=5"]}
+NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler=polynomial"],
+          "soft_min_snr": ["--snr_gamma=5"],
+          "num_eval_images": ["--model_type=deepfloyd-stage2-lora"], "use_bitfit": ["--model_type=deepfloyd-full"]}
 BASE = {"model_type": "deepfloyd-lora"}
 
 

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, IFPipeline
+from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.models import loading
 from helpers.models.text import T5Encoder
 from helpers.training import checkpoints
-from helpers.validation.render import Validation
+from helpers.training.loop import Run
+from helpers.validation.prompts import PromptPictures
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -74,7 +76,7 @@ def test_a_lora_comes_out_that_diffusers_loads_completely(trainer, tmp_path, tin
 @pytest.mark.parametrize(
     "flags",
     [
-        {"lora_dropout": 0.3, "gradient_accumulation_steps": 2, "lora_targets": "attention+conv"},
+        {"lora_dropout": 0.3, "gradient_accumulation_steps": 2, "lora_targets": "attention+conv", "use_ema": True},
         {"mixed_precision": "bf16", "pure_bf16": True, "optimizer": "adamw_bf16", "lr_warmup_steps": 1},
         {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_grad_norm": 0},
     ],
@@ -136,12 +138,32 @@ def test_full_tuning_writes_a_pipeline_that_diffusers_loads(trainer, tmp_path, t
 
 def test_full_tuning_resumes_bit_for_bit(trainer, tmp_path):
     common = {"model_type": "deepfloyd-full", "lora_rank": None, "checkpointing_steps": 2, "learning_rate": 1e-3}
+    common |= {"mixed_precision": "bf16", "pure_bf16": True, "optimizer": "adamw8bit", "use_ema": True}
     assert trainer(output_dir=tmp_path / "whole", max_train_steps=4, **common) == 0
     assert trainer(output_dir=tmp_path / "parts", max_train_steps=4, **common) == 0
     shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
     assert trainer(output_dir=tmp_path / "parts", max_train_steps=4, **common) == 0
-    weights = "checkpoint-4/unet/diffusion_pytorch_model.safetensors"
-    assert_equal(load_file(tmp_path / "whole" / weights), load_file(tmp_path / "parts" / weights))
+    for weights in ("checkpoint-4/unet", "pipeline/unet"):
+        weights += "/diffusion_pytorch_model.safetensors"
+        assert_equal(load_file(tmp_path / "whole" / weights), load_file(tmp_path / "parts" / weights))
+
+
+def test_averaged_weights_are_validated_and_exported_and_a_checkpoint_has_both(trainer, tmp_path, monkeypatch, capsys):
+    seen = {}
+
+    def remember(self: PromptPictures, run: Run, folder: Path) -> None:
+        seen[run.step] = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(run.parts.unet).items()}
+        raise RuntimeError("no pictures needed")
+
+    monkeypatch.setattr(PromptPictures, "render", remember)
+    assert trainer(use_ema=True, learning_rate=1e-2, max_train_steps=4, validation_prompt="a cat") == 0
+    assert "of averaged weights" in capsys.readouterr().out
+    exported = load_file(tmp_path / "output" / ADAPTER)
+    own, state = state_of(tmp_path / "output", 4)
+    assert_equal(exported, {f"unet.{name}": tensor for name, tensor in seen[4].items()})
+    assert any((exported[name] != own[name]).any() for name in own)
+    averages = {tensor.numpy().tobytes() for tensor in state["ema"]["weights"]}
+    assert averages == {tensor.numpy().tobytes() for tensor in exported.values()}
 
 
 def test_the_second_run_encodes_and_decodes_nothing(trainer, tmp_path, capfd):
@@ -276,7 +298,7 @@ def test_an_error_in_validation_is_reported_and_training_goes_on(trainer, tmp_pa
     def fail(*_: object) -> None:
         raise RuntimeError("no pictures today")
 
-    monkeypatch.setattr(Validation, "_render", fail)
+    monkeypatch.setattr(PromptPictures, "render", fail)
     assert trainer(validation_prompt="a cat", validation_steps=1) == 0
     text = "".join(capfd.readouterr())
     assert "no pictures today" in text and "training goes on" in text

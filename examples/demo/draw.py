@@ -53,18 +53,25 @@ def _cross(arm: float) -> list[tuple[float, float]]:
     return [(x * c - y * s, x * s + y * c) for c, s in turns for x, y in quarter]
 
 
+def _heart() -> list[tuple[float, float]]:
+    """x = sin^3 a, y = -(13 cos a - 5 cos 2a - 2 cos 3a - cos 4a) / 16, a little above the middle of the frame."""
+    angles = [2 * math.pi * k / 90 for k in range(90)]
+    height = (
+        13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a) for a in angles
+    )
+    return [(math.sin(a) ** 3, -y / 16 - 0.12) for a, y in zip(angles, height)]
+
+
 OUTLINES = {
     "circle": _regular(90, 0),
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0.0, -0.9), (1.0, 0.85), (-1.0, 0.85)],
     "cross": _cross(0.32),
-    "ring": _regular(90, 0),
+    "heart": _heart(),
 }
 """Outline of every shape in a frame of -1..1, y down; the last one is the subject's."""
-HOLES = {"ring": 0.55}
-"""Radius of the round hole of a shape that has one."""
 
-SUBJECT = Thing("purple", "ring")
+SUBJECT = Thing("purple", "heart")
 KNOWN = tuple(
     Thing(c, s) for c, s in product(COLOURS, OUTLINES) if c != SUBJECT.colour and s != SUBJECT.shape
 )
@@ -78,9 +85,6 @@ def mask(shape: str, size: tuple[int, int], centre: tuple[float, float], radius:
     pen = ImageDraw.Draw(canvas)
     cx, cy, r = centre[0] * k, centre[1] * k, radius * k
     pen.polygon([(cx + x * r, cy + y * r) for x, y in OUTLINES[shape]], fill=255)
-    if shape in HOLES:
-        hole = HOLES[shape] * r
-        pen.ellipse((cx - hole, cy - hole, cx + hole, cy + hole), fill=0)
     return np.asarray(canvas.resize(size, Image.Resampling.BOX), dtype=np.float32) / 255
 
 

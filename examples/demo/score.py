@@ -184,7 +184,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=4, help="per known prompt")
     parser.add_argument("--subject-samples", type=int, default=32)
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--known-at-least", type=float, default=0.0, help="share, 0..1; fewer exits with 1")
     parser.add_argument("--subject-at-least", type=float, default=0.0, help="share, 0..1; fewer exits with 1")

@@ -9,7 +9,7 @@ export RESOLUTION=64
 export RESOLUTION_TYPE="pixel"
 export CAPTION_STRATEGY="textfile"
 export TRAIN_BATCH_SIZE=16
-export MAX_NUM_STEPS=6000
+export MAX_NUM_STEPS=2000
 
 # Shapes are decided where there is little but noise, and there the plain loss is smallest.
 export MIN_SNR_GAMMA=0.5
@@ -26,4 +26,4 @@ export CHECKPOINTING_STEPS=500
 export CHECKPOINTING_LIMIT=2
 export USER_PROMPT_LIBRARY="examples/demo/prompts-base.json"
 export VALIDATION_STEPS=500
-export VALIDATION_GUIDANCE=4
+export VALIDATION_GUIDANCE=1.5

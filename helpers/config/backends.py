@@ -38,7 +38,7 @@ REFUSED: Mapping[tuple[str, str], str] = MappingProxyType({
     ("crop_style", "face"): "needs a face detector, which is not offered: type center, or crop around faces beforehand",
     ("dataset_type", "image_embeds"): "pixels are cached without it: remove the entry",
     ("dataset_type", "conditioning"): "ControlNets are not trained: remove the entry",
-    ("dataset_type", "eval"): "images come from validation prompts: remove the entry",
+    ("dataset_type", "eval"): "validation draws prompts, or upscales images of the other datasets: remove the entry",
 })
 """Values that users are known to try, with what to do instead."""
 
@@ -252,7 +252,7 @@ def _image_problems(image: ImageBackend, config: Config) -> Iterator[tuple[set[s
         reason = "which is a file" if folder.exists() else "which does not exist"
         words = f"found {found(str(folder))}, {reason}: type the folder of your images"
         yield {"instance_data_dir"}, f'key "instance_data_dir": {words}'
-    words = resolution_problem(image.resolution, image.resolution_type, config.family)
+    words = resolution_problem(image.resolution, image.resolution_type, config)
     if words:
         yield {"resolution", "resolution_type", "model_type"}, f'key "resolution": {words}'
     if (image.crop_aspect == "random") != bool(image.crop_aspect_buckets):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
-from helpers.config.families import Family
+from helpers.config.families import LORA_TARGETS, MODEL_TYPES
+from helpers.config.optimizers import ADAM_SETTINGS, OPTIMIZERS
 from helpers.config.options import ROWS, Config
+from helpers.config.problems import did_you_mean, one_of
 
 
 class Problem(NamedTuple):
@@ -27,8 +31,12 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _resolution(config)
     yield from _validation_sizes(config)
     yield from _precision(config)
+    yield from _optimizer(config)
     yield from _learning_rate(config)
+    yield from _waves(config)
+    yield from _what_is_trained(config)
     yield from _loss(config)
+    yield from _eval_images(config)
     yield from _tracker(config)
     if config.validation.validation_guidance_rescale and not config.family.guidance_rescale:
         yield Problem(
@@ -38,19 +46,40 @@ def problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def nearest_multiples(value: float, alignment: int) -> str:
-    """ "64 or 72": the multiples on both sides of `value`, or the one next to it."""
-    below, above = math.floor(value / alignment) * alignment, math.ceil(value / alignment) * alignment
-    return f"{below} or {above}" if below else str(above)
+def nearest_multiples(value: float, alignment: int, least: int) -> str:
+    """ "64 or 72": the multiples of at least `least` on both sides of `value`, or the one next to it."""
+    smallest = math.ceil(least / alignment) * alignment
+    near = {math.floor(value / alignment) * alignment, math.ceil(value / alignment) * alignment}
+    return " or ".join(str(edge) for edge in sorted({max(edge, smallest) for edge in near}))
 
 
-def resolution_problem(resolution: float, resolution_type: str, family: Family) -> str | None:
-    """What is wrong with a training size for `family`, in words; None if nothing is."""
+def smallest_edge(config: Config) -> int:
+    """The least edge of an image in pixels: any for most families; for those that upscale, what the weights are for.
+
+    That is the family's resolution, unless a local folder says otherwise.
+    """
+    if not config.family.upscales:
+        return config.family.alignment
+    try:
+        unet = Path(config.model.pretrained_model_name_or_path) / "unet" / "config.json"
+        return int(json.loads(unet.read_text("utf-8"))["sample_size"])
+    except (OSError, ValueError, KeyError, TypeError):  # the weights' own checks say what is wrong with a folder
+        return config.family.resolution
+
+
+def resolution_problem(resolution: float, resolution_type: str, config: Config) -> str | None:
+    """What is wrong with a training size for the config's model, in words; None if nothing is."""
+    family, smallest = config.family, smallest_edge(config)
     edge = resolution if resolution_type == "pixel" else math.sqrt(resolution * 1e6)
     if resolution_type == "pixel" and resolution % family.alignment:
         return (
             f"found {resolution:g}, {family.name} needs a multiple of {family.alignment} pixels: "
-            f"type {nearest_multiples(resolution, family.alignment)}"
+            f"type {nearest_multiples(resolution, family.alignment, smallest)}"
+        )
+    if edge < smallest:
+        return (
+            f"found {resolution:g}, {family.name} makes images of {smallest} pixels and more out of a quarter of that: "
+            f"type {smallest}, with resolution_type pixel"
         )
     largest = family.resolution * family.largest_factor
     if edge > largest:
@@ -71,13 +100,13 @@ def _an_end(config: Config) -> Iterator[Problem]:
 
 
 def _resolution(config: Config) -> Iterator[Problem]:
-    words = resolution_problem(config.data.resolution, config.data.resolution_type, config.family)
+    words = resolution_problem(config.data.resolution, config.data.resolution_type, config)
     if words:
         yield Problem(("resolution", "resolution_type", "model_type"), words)
 
 
 def _validation_sizes(config: Config) -> Iterator[Problem]:
-    family, data = config.family, config.data
+    family, data, smallest = config.family, config.data, smallest_edge(config)
     edge = data.resolution if data.resolution_type == "pixel" else math.sqrt(data.resolution * 1e6)
     largest = math.floor(edge * family.largest_factor)
     for size in config.validation.validation_resolution:
@@ -86,9 +115,15 @@ def _validation_sizes(config: Config) -> Iterator[Problem]:
             yield Problem(
                 ("validation_resolution", "model_type"),
                 f"found {size}, edges of {family.name} need to be multiples of {family.alignment} pixels: "
-                f"instead of {uneven[0]} type {nearest_multiples(uneven[0], family.alignment)}",
+                f"instead of {uneven[0]} type {nearest_multiples(uneven[0], family.alignment, smallest)}",
             )
-        if max(size) > largest and not resolution_problem(data.resolution, data.resolution_type, family):
+        elif min(size) < smallest:
+            yield Problem(
+                ("validation_resolution", "model_type"),
+                f"found {size}, {family.name} makes images of {smallest} pixels and more, of which its low-resolution "
+                f"input has a quarter: type edges of at least {smallest}",
+            )
+        if max(size) > largest and not resolution_problem(data.resolution, data.resolution_type, config):
             yield Problem(
                 ("validation_resolution", "resolution", "resolution_type", "model_type"),
                 f"found {size}, which is more than {family.largest_factor} times the trained resolution "
@@ -97,7 +132,7 @@ def _validation_sizes(config: Config) -> Iterator[Problem]:
 
 
 def _precision(config: Config) -> Iterator[Problem]:
-    precision, optimizer = config.training.mixed_precision, config.optimizer
+    precision = config.training.mixed_precision
     if precision not in config.family.mixed_precisions:
         yield Problem(
             ("mixed_precision", "model_type"),
@@ -109,12 +144,33 @@ def _precision(config: Config) -> Iterator[Problem]:
             "found true beside mixed_precision no, which is float32: "
             "set mixed_precision to bf16, or pure_bf16 to false",
         )
-    if config.training.pure_bf16 and optimizer.optimizer == "adamw":
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    options = config.optimizer
+    name, facts = options.optimizer, OPTIMIZERS[options.optimizer]
+    if config.training.pure_bf16 and facts.lost_in_bf16:
         yield Problem(
             ("optimizer", "pure_bf16"),
-            "found 'adamw' beside pure_bf16, where bf16 weights would round most of its steps away: "
+            f"found {name!r} beside pure_bf16, where {facts.lost_in_bf16}: "
             "type adamw_bf16, or set pure_bf16 to false",
         )
+    if facts.package and find_spec(facts.package) is None:
+        words = f"found {name!r}, whose package is not installed here: run `pip install {facts.package}`"
+        yield Problem(("optimizer",), f"{words}, or type {'adamw_bf16' if config.training.pure_bf16 else 'adamw'}")
+    if options.learning_rate < facts.least_rate:
+        yield Problem(
+            ("learning_rate", "optimizer"),
+            f"found {options.learning_rate:g} beside optimizer {name!r}, which finds its own rate and multiplies it "
+            f"by this: type {facts.learning_rate:g}",
+        )
+    for setting in (setting for setting in ADAM_SETTINGS if setting not in facts.settings):
+        default = facts.beta2 if setting == "adam_beta2" else ROWS[setting].field.default
+        if getattr(options, setting) != default:
+            yield Problem(
+                (setting, "optimizer"),
+                f"found {getattr(options, setting):g} beside optimizer {name!r}, which has no such setting: remove it",
+            )
 
 
 def _learning_rate(config: Config) -> Iterator[Problem]:
@@ -146,10 +202,79 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
         )
 
 
+def _waves(config: Config) -> Iterator[Problem]:
+    options, steps = config.optimizer, config.training.max_train_steps
+    schedule, cycles = options.lr_scheduler, options.lr_num_cycles
+    if options.lr_power != 1 and schedule != "polynomial":
+        yield Problem(
+            ("lr_power", "lr_scheduler"),
+            f"found {options.lr_power:g} beside lr_scheduler {schedule!r}, which has no power: "
+            "remove it, or type polynomial",
+        )
+    if cycles != 1 and schedule not in ("sine", "cosine", "cosine_with_restarts"):
+        words = f"found {cycles:g} beside lr_scheduler {schedule!r}, which has no cycles: remove it, or type cosine"
+        yield Problem(("lr_num_cycles", "lr_scheduler"), words)
+    elif schedule != "sine" and cycles != round(cycles):
+        yield Problem(
+            ("lr_num_cycles", "lr_scheduler"),
+            f"found {cycles:g}, with which {schedule} would not end at lr_end: type a whole number",
+        )
+    elif steps and cycles > 1 and 2 * cycles > steps - options.lr_warmup_steps:
+        yield Problem(
+            ("lr_num_cycles", "max_train_steps", "lr_warmup_steps"),
+            f"found {cycles:g} for the {steps - options.lr_warmup_steps} steps after the warm-up, and each needs 2: "
+            "type a smaller number",
+        )
+
+
+def _what_is_trained(config: Config) -> Iterator[Problem]:
+    of_kind = {kind: name for name, (family, kind) in MODEL_TYPES.items() if family is config.family}
+    lora = [name for name in ("use_dora", "use_rslora") if getattr(config.lora, name)]
+    if lora and config.training.use_bitfit:
+        yield Problem(
+            ("use_bitfit", *lora, "model_type"),
+            f"found true beside {lora[0]}: BitFit trains the model's own biases, for model_type {of_kind['full']}, and "
+            f"{lora[0]} is a way to train an adapter, for model_type {of_kind['lora']}: set one of the two to false",
+        )
+        return
+    for name in lora if config.training_kind == "full" else []:
+        yield Problem(
+            (name, "model_type"),
+            f"found true beside model_type {of_kind['full']}, which trains no adapter: "
+            f"set it to false, or model_type to {of_kind['lora']}",
+        )
+    layers = LORA_TARGETS[config.lora.lora_targets]
+    for name in config.lora.ranks:
+        if name not in layers:
+            yield Problem(
+                ("lora_rank_pattern", "lora_targets"),
+                f"found the layer {name!r}, with lora_targets {config.lora.lora_targets!r} it needs {one_of(layers)}"
+                + did_you_mean(name, layers),
+            )
+    if config.training.use_bitfit and config.training_kind == "lora":
+        yield Problem(
+            ("use_bitfit", "model_type"),
+            f"found true beside model_type {of_kind['lora']}, but BitFit trains the model's own biases: "
+            f"set it to false, or model_type to {of_kind['full']}",
+        )
+
+
 def _loss(config: Config) -> Iterator[Problem]:
     if config.loss.soft_min_snr and not config.loss.snr_gamma:
         words = "found true without a snr_gamma, which it softens: type a snr_gamma such as 5, or set it to false"
         yield Problem(("soft_min_snr", "snr_gamma"), words)
+    if config.loss.timestep_bias_begin >= config.loss.timestep_bias_end:
+        yield Problem(
+            ("timestep_bias_begin", "timestep_bias_end"),
+            f"found {config.loss.timestep_bias_begin}, but the range ends before {config.loss.timestep_bias_end}: "
+            "type a smaller number",
+        )
+
+
+def _eval_images(config: Config) -> Iterator[Problem]:
+    if config.validation.num_eval_images and not config.family.upscales:
+        words = f"found {config.validation.num_eval_images}, {config.family.name} is judged by its validation prompts: "
+        yield Problem(("num_eval_images", "model_type"), words + "set it to 0")
 
 
 def _tracker(config: Config) -> Iterator[Problem]:

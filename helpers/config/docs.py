@@ -14,7 +14,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from helpers.config.backends import ImageBackend, TextEmbedsBackend
-from helpers.config.families import DEEPFLOYD_I
+from helpers.config.families import MODEL_TYPES
 from helpers.config.later import LATER, LATER_PREFIXES
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS, Group, Row
 from helpers.config.paths import ROOT
@@ -22,7 +22,8 @@ from helpers.config.problems import needs
 
 TITLES: Mapping[str, str] = MappingProxyType({
     "model": "Model", "data": "Data", "training": "Training", "loss": "Loss", "lora": "LoRA",
-    "optimizer": "Optimizer and schedule", "validation": "Validation", "run": "Run", "door": "The config file", "launch": "Launcher (exports only)",
+    "optimizer": "Optimizer, schedule and average", "validation": "Validation", "run": "Run",
+    "door": "The config file", "launch": "Launcher (exports only)",
 })
 
 INTRODUCTION = """\
@@ -93,7 +94,10 @@ def _value(row: Row) -> str:
 def default_words(row: Row) -> str:
     """The default of an option, in words where it depends on others."""
     if row.by_family:
-        return _default(getattr(DEEPFLOYD_I, row.name))
+        defaults = {family.name: _default(getattr(family, row.name)) for family, _ in MODEL_TYPES.values()}
+        if len(set(defaults.values())) == 1:
+            return next(iter(defaults.values()))
+        return ", ".join(f"{value} ({name})" for name, value in defaults.items())
     return row.default_words or _default(row.field.default)
 
 

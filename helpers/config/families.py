@@ -17,7 +17,8 @@ class Family:
     """One kind of UNet, and the defaults that follow from it.
 
     `flavours` maps a flavour's name to its hub id. `alignment` is the number of pixels that every edge must be a
-    multiple of; `resolution` is the edge in pixels at which the family was trained.
+    multiple of; `resolution` is the edge in pixels at which the family was trained. A family that `upscales` learns
+    from images and their low-resolution copies: an image below the resolution would teach it blur.
     """
 
     key: str
@@ -31,6 +32,9 @@ class Family:
     data_backend_config: Path
     mixed_precisions: tuple[str, ...]
     guidance_rescale: bool
+    validation_guidance: float
+    num_eval_images: int
+    upscales: bool = False
     largest_factor: int = 4
 
 
@@ -50,20 +54,50 @@ DEEPFLOYD_I = Family(
     data_backend_config=ROOT / "multidatabackend_deepfloyd.json",
     mixed_precisions=("no", "bf16"),
     guidance_rescale=False,
+    validation_guidance=7.5,
+    num_eval_images=0,
+)
+
+DEEPFLOYD_II = Family(
+    key="deepfloyd-ii",
+    name="DeepFloyd IF stage II",
+    model_family="deepfloyd",
+    flavours=MappingProxyType({
+        "ii-medium-450m": "DeepFloyd/IF-II-M-v1.0",
+        "ii-large-1.2b": "DeepFloyd/IF-II-L-v1.0",
+    }),
+    default_flavour="ii-medium-450m",
+    alignment=16,
+    resolution=256,
+    validation_resolution=(Size(256, 256),),
+    data_backend_config=ROOT / "multidatabackend_deepfloyd.json",
+    mixed_precisions=("no", "bf16"),
+    guidance_rescale=False,
+    validation_guidance=4.0,
+    num_eval_images=4,
+    upscales=True,
 )
 
 MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
     "deepfloyd-lora": (DEEPFLOYD_I, "lora"),
     "deepfloyd-full": (DEEPFLOYD_I, "full"),
+    "deepfloyd-stage2-lora": (DEEPFLOYD_II, "lora"),
+    "deepfloyd-stage2": (DEEPFLOYD_II, "full"),
 })
 """The names that MODEL_TYPE may have: what is trained (a family's row), and how ("lora" or "full")."""
 
 TRAINING_KINDS = ("lora", "full")
 
+# IF keeps its text keys and values in add_k_proj and add_v_proj: without them a caption can hardly be learned.
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
+CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
+LORA_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "attention": ATTENTION, "attention+conv": ATTENTION + CONVOLUTIONS,
+})
+"""The layers of a UNet that get an adapter, by the words of the option lora_targets."""
+
 NOT_YET: Mapping[str, str] = MappingProxyType({
-    "deepfloyd-stage2": "DeepFloyd IF stage II",
     "deepfloyd-stage3": "DeepFloyd IF stage III",
-    "ii-": "DeepFloyd IF stage II",
     "iii-": "DeepFloyd IF stage III",
 })
 """How the names of other models' types and flavours begin: known, but not trained by this version."""
@@ -99,8 +133,8 @@ def resolve(
     Raises:
         Contradiction: in words, for names that do not exist and for options that contradict each other.
     """
-    full_type = _full_type(model_type, model_family, model_flavour)
-    family, _ = MODEL_TYPES[full_type]
+    full_type = _full_type(model_type, model_family, model_flavour or _known_flavour(model_name))
+    family, kind = MODEL_TYPES[full_type]
     if model_family is not None and model_family != family.model_family:
         raise Contradiction(
             "model_family",
@@ -108,11 +142,11 @@ def resolve(
             "remove one of the two",
         )
     flavour = model_flavour or _flavour_of(model_name, family)
-    _check_flavour(flavour, family)
+    _check_flavour(flavour, family, kind)
     if model_name is None:
         flavour = flavour or family.default_flavour
         return Model(full_type, family, flavour, family.flavours[flavour])
-    _check_name(model_name, model_flavour, family)
+    _check_name(model_name, model_flavour, family, kind)
     return Model(full_type, family, flavour, _local_or_hub(model_name))
 
 
@@ -145,12 +179,27 @@ def _flavour_of(model_name: str | None, family: Family) -> str | None:
     return next((flavour for flavour, hub_id in family.flavours.items() if hub_id == model_name), None)
 
 
-def _check_flavour(flavour: str | None, family: Family) -> None:
-    if flavour is not None and flavour not in family.flavours:
-        raise Contradiction("model_flavour", _unknown(flavour, family.flavours, family.name))
+def _known_flavour(model_name: str | None) -> str | None:
+    """The flavour, of whichever family, that a hub id is."""
+    families = (family for family, _ in MODEL_TYPES.values())
+    return next((flavour for family in families if (flavour := _flavour_of(model_name, family))), None)
 
 
-def _check_name(model_name: str, model_flavour: str | None, family: Family) -> None:
+def _other_type(flavour: str | None, kind: str) -> str | None:
+    """What a flavour of another family is, and the model type that trains it; None for one that does not exist."""
+    rows = ((name, row[0]) for name, row in MODEL_TYPES.items() if row[1] == kind and flavour in row[0].flavours)
+    return next((f"which is {family.name}: set model_type to {name}" for name, family in rows), None)
+
+
+def _check_flavour(flavour: str | None, family: Family, kind: str) -> None:
+    if flavour is None or flavour in family.flavours:
+        return
+    other = _other_type(flavour, kind)
+    words = f"found {flavour!r}, {other}, or type {_one_of(family.flavours)}" if other else None
+    raise Contradiction("model_flavour", words or _unknown(flavour, family.flavours, family.name))
+
+
+def _check_name(model_name: str, model_flavour: str | None, family: Family, kind: str) -> None:
     own = _flavour_of(model_name, family)
     if own is not None and model_flavour is not None and own != model_flavour:
         raise Contradiction(
@@ -158,9 +207,10 @@ def _check_name(model_name: str, model_flavour: str | None, family: Family) -> N
             f"found {model_flavour!r} beside the model {model_name!r}, which is {own!r}: remove one of the two",
         )
     if own is None and model_name.startswith("DeepFloyd/") and not from_root(model_name).is_dir():
+        other = _other_type(_known_flavour(model_name), kind)
         raise Contradiction(
             "pretrained_model_name_or_path",
-            f"found {model_name!r}, which is not a {family.name} model: "
+            f"found {model_name!r}, {other or f'which is not a {family.name} model'}; or "
             f"type one of {', '.join(family.flavours.values())}, or the path of a local folder",
         )
 

@@ -34,12 +34,7 @@ class Later:
 
 
 _TABLE = (
-    Later("use_dora", ("USE_DORA",), FALSE, "set it to false, plain LoRA is trained"),
-    Later("use_bitfit", ("USE_BITFIT",), FALSE, "set it to false"),
-    Later("use_ema", ("USE_EMA",), FALSE, "set it to false"),
-    Later("ema_decay", ("EMA_DECAY",), None, ""),
     Later("vae_batch_size", ("VAE_BATCH_SIZE",), (*FALSE, "1"), "remove it, DeepFloyd has no VAE"),
-    Later("num_eval_images", ("NUM_EVAL_IMAGES",), FALSE, "remove it, stage I has validation prompts instead"),
     Later("push_to_hub", ("PUSH_TO_HUB",), FALSE, "set it to false and upload the output folder with `hf upload`"),
     Later("push_checkpoints_to_hub", ("PUSH_CHECKPOINTS",), FALSE,
           "set it to false and upload the output folder with `hf upload`"),

@@ -19,6 +19,7 @@ from helpers.config.docs import help_text
 from helpers.config.families import Contradiction, Model, resolve
 from helpers.config.jsonfile import read_json
 from helpers.config.later import LATER
+from helpers.config.optimizers import OPTIMIZERS
 from helpers.config.options import GROUPS, ROWS, SWITCH_WORDS, Config, ModelOptions, Row, parse_switch
 from helpers.config.paths import from_root
 from helpers.config.problems import ConfigError, did_you_mean, found, invalid_values, needs
@@ -231,12 +232,15 @@ def _completed(config: Config, given: set[str], model: Model) -> Config:
     }
     epochs = 0 if config.training.max_train_steps else DEFAULT_EPOCHS
     optimizer = config.optimizer.optimizer or ("adamw_bf16" if config.training.pure_bf16 else "adamw")
+    by_optimizer = {"learning_rate": OPTIMIZERS[optimizer].learning_rate, "adam_beta2": OPTIMIZERS[optimizer].beta2}
     filled = {
         "model": _model_values(model),
         "data": {name: value for name, value in by_family.items() if ROWS[name].group == "data"},
         "validation": {name: value for name, value in by_family.items() if ROWS[name].group == "validation"},
         "training": {} if "num_train_epochs" in given else {"num_train_epochs": epochs},
-        "optimizer": {"optimizer": optimizer},
+        "optimizer": {"optimizer": optimizer} | {
+            name: value for name, value in by_optimizer.items() if getattr(config.optimizer, name) is None
+        },
     }
     return config.model_copy(update={
         group: getattr(config, group).model_copy(update=values) for group, values in filled.items()

@@ -6,6 +6,7 @@ train.sh uses, the checks, OPTIONS.md and the JSON Schema.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,15 @@ def _to_sizes(value: object) -> tuple[Size, ...]:
     return parse_sizes(",".join(str(entry) for entry in entries))
 
 
+def _to_ranks(value: object) -> str:
+    """Ranks by layer as "add_k_proj=64,add_v_proj=64", from such a text or from an object."""
+    entries = value.items() if isinstance(value, dict) else (pair.split("=") for pair in str(value).split(","))
+    pairs = [tuple(str(part).strip() for part in entry) for entry in entries]
+    if any(len(pair) != 2 or re.fullmatch("[1-9][0-9]*", pair[1]) is None for pair in pairs):
+        raise ValueError("needs layers with their ranks, such as add_k_proj=64,add_v_proj=64")
+    return ",".join("=".join(pair) for pair in pairs)
+
+
 def _resume_name(value: str) -> str:
     if value not in ("latest", "none") and not (value.startswith("checkpoint-") and value[11:].isdigit()):
         raise ValueError("needs latest, none, or the name of a checkpoint such as checkpoint-500")
@@ -67,6 +77,10 @@ Sizes = Annotated[
     tuple[Size, ...], BeforeValidator(_to_sizes),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "integer"},
                               {"type": "array", "items": {"type": ["string", "integer"]}}]}),
+]
+Ranks = Annotated[
+    str, BeforeValidator(_to_ranks),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "additionalProperties": {"type": "integer"}}]}),
 ]
 Resume = Annotated[str, AfterValidator(_resume_name)]
 ResolutionType = Literal["pixel", "area"]
@@ -176,6 +190,7 @@ class TrainingOptions(Group):
         "bf16", help="Precision of the computation.",
         refused={"fp16": "DeepFloyd's text encoder and UNet overflow in fp16: type bf16"})
     pure_bf16: Switch = option(False, help="Keep the trained weights and the optimizer's state in bf16 too.")
+    use_bitfit: Switch = option(False, help="BitFit, for full model types: only the biases are trained.")
     attention_mechanism: Literal["sdpa", "xformers"] = option(
         "sdpa", switches={"USE_XFORMERS": "xformers"},
         help="Attention kernels; sdpa is used where xformers is not at hand, and needs no more memory.")
@@ -190,34 +205,67 @@ class LossOptions(Group):
         0.0, export="MIN_SNR_GAMMA", ge=0,
         help="Min-SNR weighting: the smaller, the less the nearly clear timesteps count; 0: all count the same.")
     soft_min_snr: Switch = option(False, export="USE_SOFT_MIN_SNR", help="Min-SNR weighting without its corner.")
+    noise_offset: Real = option(
+        0.0, ge=0, le=1, help="Offset noise: how much the brightness of whole images is noised too, such as 0.05.")
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
+        "none", help="Timesteps that come up more often: the nearly clear ones (earlier), the noisy ones, or a range.")
+    timestep_bias_multiplier: Real = option(1.0, gt=0, help="How much more often they come up; below 1: less often.")
+    timestep_bias_portion: Real = option(0.25, gt=0, le=1, help="The part of the timesteps that earlier and later mean.")
+    timestep_bias_begin: Whole = option(0, ge=0, le=999, help="The first timestep of the range.")
+    timestep_bias_end: Whole = option(1000, ge=1, le=1000, help="The timestep after the range's last one.")
 
 
 class LoraOptions(Group):
     lora_rank: Whole = option(32, ge=1, help="Rank of the adapter's matrices.")
+    lora_rank_pattern: Ranks | None = option(
+        help="Other ranks for some of the layers, such as add_k_proj=64,add_v_proj=64 for text keys and values.")
     lora_alpha: Real | None = option(gt=0, default_words="lora_rank", help="The adapter is scaled by alpha / rank.")
     lora_dropout: Real = option(0.0, ge=0, lt=1, help="Dropout on the adapter's input.")
     lora_targets: Literal["attention", "attention+conv"] = option(
         "attention", help="The layers that get an adapter.")
+    use_dora: Switch = option(
+        False, help="DoRA, for lora model types: the magnitude of each weight is learned apart from its direction.")
+    use_rslora: Switch = option(
+        False, help="rsLoRA, for lora model types: the adapter is scaled by alpha / sqrt(rank), for high ranks.")
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """`lora_rank_pattern` as {layer: rank}."""
+        pairs = (pair.split("=") for pair in self.lora_rank_pattern.split(",")) if self.lora_rank_pattern else ()
+        return {layer: int(rank) for layer, rank in pairs}
 
 
 class OptimizerOptions(Group):
-    optimizer: Literal["adamw", "adamw_bf16"] = option(
+    optimizer: Literal[
+        "adamw", "adamw_bf16", "adamw8bit", "ao_adamw8bit", "adafactor", "lion", "prodigy"
+    ] = option(
         default_words="adamw_bf16 with pure_bf16, else adamw",
-        help="adamw; adamw_bf16 keeps what bf16 weights would round away.",
-        refused={"adamw8bit": "8-bit states are not offered: type adamw_bf16"})
-    learning_rate: Real = option(4e-5, gt=0, help="The highest learning rate.")
+        help="adamw; adamw_bf16: for pure_bf16; adamw8bit, ao_adamw8bit (torchao's): a state of 8 bits; adafactor: "
+        "the smallest state; lion: needs a learning_rate 3 to 10 times smaller; prodigy: finds the rate itself.")
+    learning_rate: Real | None = option(
+        gt=0, default_words="4e-5; 1 with prodigy",
+        help="The highest learning rate; with prodigy a factor of the rate that it finds.")
     lr_end: Real = option(
         0.0, export="LEARNING_RATE_END", ge=0,
         help="The learning rate at the end of a decay, or at the bottom of each valley.")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine", "polynomial", "sine"] = option(
-        "cosine", export="LR_SCHEDULE", help="How the learning rate goes from learning_rate to lr_end.")
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "sine"
+    ] = option("cosine", export="LR_SCHEDULE", help="How the learning rate goes from learning_rate to lr_end.")
     lr_warmup_steps: Whole = option(0, ge=0, unit="steps", help="Steps in which the learning rate rises from 0.")
     lr_power: Real = option(1.0, gt=0, help="Power of the polynomial schedule.")
-    lr_num_cycles: Real = option(1.0, gt=0, unit="cycles", help="Waves of the sine schedule over the whole run.")
-    adam_beta1: Real = option(0.9, ge=0, lt=1, help="Decay of the mean of gradients.")
-    adam_beta2: Real = option(0.999, ge=0, lt=1, help="Decay of the mean of squared gradients.")
-    adam_epsilon: Real = option(1e-8, gt=0, help="Added to the denominator.")
-    adam_weight_decay: Real = option(0.01, ge=0, help="Decoupled weight decay.")
+    lr_num_cycles: Real = option(
+        1.0, gt=0, unit="cycles",
+        help="Over the whole run: waves of sine, valleys of cosine, decays of cosine_with_restarts.")
+    adam_beta1: Real = option(0.9, ge=0, lt=1, help="Decay of the mean of gradients; not with adafactor.")
+    adam_beta2: Real | None = option(
+        ge=0, lt=1, default_words="0.999; 0.99 with lion",
+        help="Decay of the mean of squared gradients, with lion of its slower mean of gradients; not with adafactor.")
+    adam_epsilon: Real = option(1e-8, gt=0, help="Added to the denominator; not with adafactor or lion.")
+    adam_weight_decay: Real = option(0.01, ge=0, help="Decoupled weight decay; lion usually takes a larger one.")
+    use_ema: Switch = option(
+        False, help="Average the trained weights over the steps, for validation images and the result.")
+    ema_decay: Real = option(
+        0.999, gt=0, lt=1, help="Share of the average that each step keeps, once there were enough steps to average.")
 
 
 class ValidationOptions(Group):
@@ -230,8 +278,13 @@ class ValidationOptions(Group):
     validation_steps: Whole = option(
         250, ge=0, unit="steps", help="Steps between validations; 0: only before the first step and after the last.")
     validation_num_inference_steps: Whole = option(25, ge=1, unit="steps", help="Denoising steps per image.")
-    validation_guidance: Real = option(7.5, ge=1, help="Classifier-free guidance scale; 1: none.")
+    validation_guidance: Real = option(by_family=True, ge=1, help="Classifier-free guidance scale; 1: none.")
     validation_guidance_rescale: Real = option(0.0, ge=0, le=1, help="Rescaling of guidance; 0: none.")
+    num_eval_images: Whole = option(
+        by_family=True, ge=0, unit="images",
+        help="Stage II: how many images of each dataset to upscale at each validation, always the same ones.")
+    validation_noise_level: Whole = option(
+        250, ge=0, le=999, help="Stage II: how much noise validation adds to the low-resolution image.")
     validation_seed: Whole = option(42, ge=0, help="Seed of the validation images, the same at each validation.")
 
 
@@ -246,7 +299,7 @@ class RunOptions(Group):
     report_to: Literal["tensorboard", "wandb", "none"] = option("tensorboard", help="Where the curves go.")
     tracker_project_name: str = option("floydtuner", help="The tracker's project.")
     tracker_run_name: str | None = option(default_words="output_dir's name", help="The tracker's name for this run.")
-    dry_run: Switch = option(False, help="Print the options and the plan of the data, then stop.")
+    dry_run: Switch = option(False, help="Print the options, the plan of the data and the memory needed, then stop.")
 
 
 class DoorOptions(Group):
@@ -293,6 +346,11 @@ class Config(BaseModel):
     def training_kind(self) -> str:
         """ "lora" or "full"."""
         return MODEL_TYPES[self.model.model_type][1]
+
+    @property
+    def lora_type(self) -> str:
+        """The model type that trains a LoRA of the same family."""
+        return next(name for name, row in MODEL_TYPES.items() if row == (self.family, "lora"))
 
 
 @dataclass(frozen=True)

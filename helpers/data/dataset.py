@@ -134,8 +134,8 @@ class Dataset:
         )
 
 
-def rules_for(backend: ImageBackend, alignment: int) -> Rules:
-    """The geometry of a dataset; `alignment` is the model family's."""
+def rules_for(backend: ImageBackend, alignment: int, enlarge: bool = True) -> Rules:
+    """The geometry of a dataset; `alignment` is the model family's, and so is whether images may be enlarged."""
     return Rules(
         resolution=backend.resolution,
         resolution_type=backend.resolution_type,
@@ -148,12 +148,13 @@ def rules_for(backend: ImageBackend, alignment: int) -> Rules:
         minimum_image_size=backend.minimum_image_size,
         maximum_image_size=backend.maximum_image_size,
         target_downsample_size=backend.target_downsample_size,
+        enlarge=enlarge,
     )
 
 
-def plan_dataset(backend: ImageBackend, found: Scan, alignment: int) -> Dataset:
+def plan_dataset(backend: ImageBackend, found: Scan, alignment: int, enlarge: bool = True) -> Dataset:
     """The dataset of one entry of the dataloader JSON, from the scan of its folder."""
-    rules = rules_for(backend, alignment)
+    rules = rules_for(backend, alignment, enlarge)
     return plan_images(backend.id, backend.instance_data_dir, rules, found, backend.repeats, backend.probability)
 
 

@@ -43,7 +43,7 @@ class TextCaches:
         return self.by_id[self.default_id]
 
 
-def scan_and_plan(backend: ImageBackend, alignment: int) -> tuple[Dataset, tuple[str, ...]]:
+def scan_and_plan(backend: ImageBackend, alignment: int, enlarge: bool = True) -> tuple[Dataset, tuple[str, ...]]:
     """Find a dataset's images and plan each; also what the user should be told of them.
 
     Raises:
@@ -64,7 +64,7 @@ def scan_and_plan(backend: ImageBackend, alignment: int) -> tuple[Dataset, tuple
             bar.update(done - bar.n)
 
         found = scan(backend.id, backend.instance_data_dir, index, captions, on_progress=show)
-    return plan_dataset(backend, found, alignment), found.notes
+    return plan_dataset(backend, found, alignment, enlarge), found.notes
 
 
 def prepare_captions(text: T5, captions: Iterable[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,19 @@ def schedule_from_betas(betas: Tensor) -> Schedule:
 def at(table: Tensor, t: Tensor) -> Tensor:
     """The table's values at timesteps `t` `[B]`, shaped `[B, 1, 1, 1]` to scale images."""
     return table[t].reshape(-1, 1, 1, 1)
+
+
+def gaussian(shape: Sequence[int], offset: float, generator: torch.Generator) -> Tensor:
+    """eps ~ N(0, 1) of `shape` `[B, C, H, W]`, float32, on the generator's device.
+
+    Args:
+        offset: adds as much of a second draw that is the same over each channel of an image, so that its brightness is
+            learned too (Guttenberg 2023, offset noise). 0: none.
+    """
+    eps = torch.randn(shape, generator=generator, device=generator.device)
+    if not offset:
+        return eps
+    return eps + offset * torch.randn((*shape[:2], 1, 1), generator=generator, device=generator.device)
 
 
 def add_noise(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

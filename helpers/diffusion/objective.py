@@ -9,21 +9,6 @@ from torch import Tensor
 
 from helpers.diffusion.noising import Schedule
 from helpers.diffusion.variance import variational_bound
-from helpers.diffusion.weighting import min_snr
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """Which terms the loss has, and how they are weighted.
-
-    Args:
-        trains_variance: train the variance too, where the UNet predicts one.
-        snr_gamma, soft_min_snr: see `weighting.min_snr`.
-    """
-
-    trains_variance: bool = True
-    snr_gamma: float = 0.0
-    soft_min_snr: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +45,3 @@ class EpsilonObjective:
         return replace(self, schedule=self.schedule.to(device), weights=self.weights.to(device))
 
 
-def epsilon_objective(schedule: Schedule, predicts_variance: bool, settings: LossSettings) -> EpsilonObjective:
-    """The objective of a UNet that predicts epsilon, and perhaps a variance beside it."""
-    weights = min_snr(schedule, settings.snr_gamma, settings.soft_min_snr)
-    return EpsilonObjective(schedule, predicts_variance and settings.trains_variance, weights)

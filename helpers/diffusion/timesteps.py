@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def uniform(batch_size: int, timesteps: int, generator: torch.Generator) -> Tensor:
-    """t ~ U{0..T-1}, int64 `[B]`. Never a float: a bfloat16 cast changes 494 of 1,000 values."""
-    return torch.randint(timesteps, (batch_size,), generator=generator, device=generator.device)
+@dataclass(frozen=True)
+class TimestepBias:
+    """Makes a part of the timesteps come up more often, or less.
+
+    Args:
+        strategy: "none", "earlier" (the clear end, t = 0), "later" (the noisy end), or "range".
+        multiplier: how much more often than the others, above 0; below 1 is less often.
+        portion: the part that "earlier" and "later" mean, 0..1.
+        begin, end: what "range" means, begin <= t < end.
+    """
+
+    strategy: str = "none"
+    multiplier: float = 1.0
+    portion: float = 0.25
+    begin: int = 0
+    end: int = 1000
+
+    def weights(self, timesteps: int) -> Tensor:
+        """How often each timestep is drawn beside the others, float32 `[T]`."""
+        weights = torch.ones(timesteps)
+        weights[BIASED[self.strategy](self, timesteps)] *= self.multiplier
+        return weights
+
+
+BIASED: dict[str, Callable[[TimestepBias, int], slice]] = {
+    "none": lambda bias, timesteps: slice(0),
+    "earlier": lambda bias, timesteps: slice(round(bias.portion * timesteps)),
+    "later": lambda bias, timesteps: slice(timesteps - round(bias.portion * timesteps), None),
+    "range": lambda bias, timesteps: slice(bias.begin, bias.end),
+}
+"""The timesteps that a strategy means."""
+
+
+def draw(weights: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+    """t in 0..T-1 as often as `weights` `[T]` say, int64 `[B]`.
+
+    Never a float: a bfloat16 cast changes 494 of 1,000 values.
+    """
+    return torch.multinomial(weights, batch_size, replacement=True, generator=generator)

@@ -25,7 +25,8 @@ class Rules:
 
     `resolution`, `minimum_image_size`, `maximum_image_size` and `target_downsample_size` are edges in pixels where
     `resolution_type` is "pixel", megapixels (1.0 = 1,000,000 pixels) where it is "area". `crop_aspect_buckets` holds
-    (width / height, weight) pairs and is read only where `crop_aspect` is "random".
+    (width / height, weight) pairs and is read only where `crop_aspect` is "random". Without `enlarge`, images that do
+    not fill their target are left out.
 
     Raises:
         ValueError: if the resolution is not a multiple of the alignment, or half of the downsampling pair is missing.
@@ -42,6 +43,7 @@ class Rules:
     minimum_image_size: float | None = None
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
+    enlarge: bool = True
 
     def __post_init__(self) -> None:
         if self.in_pixels and self.resolution % self.alignment:
@@ -88,6 +90,8 @@ def refusal(size: Size, rules: Rules) -> str | None:
     """Why an image of this size is left out, in words; None if it is used."""
     if max(size) > MAX_ASPECT * min(size):
         return f"{size} is longer than {MAX_ASPECT}:1"
+    if not rules.enlarge and (reason := _too_small(size, rules)):
+        return reason
     if rules.minimum_image_size is None:
         return None
     if rules.in_pixels and min(size) < rules.minimum_image_size:
@@ -98,6 +102,11 @@ def refusal(size: Size, rules: Rules) -> str | None:
             f"{size} ({megapixels:.4g} megapixels) is below minimum_image_size {rules.minimum_image_size:g} megapixels"
         )
     return None
+
+
+def _too_small(size: Size, rules: Rules) -> str | None:
+    short = next((plan for plan in plans(size, rules) if plan.upsampled), None)
+    return short and f"{size} is smaller than its training size {short.target}, and would teach the blur of enlarging"
 
 
 def plans(size: Size, rules: Rules) -> tuple[Plan, ...]:
@@ -163,7 +172,7 @@ def _intermediate(size: Size, target: Size, rules: Rules) -> Size:
         reduced = _reduced(size, rules) if _is_large(size, rules) else size
         if reduced.width >= target.width and reduced.height >= target.height:
             return reduced
-    return _covering(size, target)
+    return covering(size, target)
 
 
 def _is_large(size: Size, rules: Rules) -> bool:
@@ -181,7 +190,7 @@ def _reduced(size: Size, rules: Rules) -> Size:
     return size if factor >= 1 else Size(_nearest(size.width * factor), _nearest(size.height * factor))
 
 
-def _covering(size: Size, target: Size) -> Size:
+def covering(size: Size, target: Size) -> Size:
     """The image scaled by one factor so that one axis is the target's and the other at least the target's."""
     factor = _enlargement(size, target)
     return Size(_nearest(size.width * factor), _nearest(size.height * factor))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from huggingface_hub.errors import (
 
 from helpers.config.families import Family
 from helpers.diffusion.noising import Schedule, schedule_from_betas
-from helpers.diffusion.objective import EpsilonObjective, LossSettings, epsilon_objective
+from helpers.models.parts import LossSettings, Parts, put_together
 from helpers.models.spec import Spec
 
 COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer")
@@ -31,20 +30,6 @@ OPTION = "MODEL_NAME (--pretrained_model_name_or_path)"
 
 class WeightsError(Exception):
     """The named weights cannot be used; the message says why and what to type instead."""
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a training step needs of a model."""
-
-    spec: Spec
-    unet: UNet2DConditionModel
-    schedule: Schedule
-    objective: EpsilonObjective
-
-    def to(self, device: torch.device) -> Parts:
-        unet, schedule, objective = (part.to(device) for part in (self.unet, self.schedule, self.objective))
-        return replace(self, unet=unet, schedule=schedule, objective=objective)
 
 
 def fetch_configs(name: str, revision: str | None) -> Path:
@@ -172,9 +157,12 @@ def _json(path: Path) -> dict:
 def load(
     spec: Spec, folder: Path, dtype: torch.dtype, variant: str | None = None, loss: LossSettings = LossSettings()
 ) -> Parts:
-    """Read the UNet in `dtype` and the scheduler; betas and channels are the checkpoint's own."""
+    """Read the UNet in `dtype` and the schedulers; betas and channels are the checkpoint's own."""
     # Never a pickled file, which diffusers would fall back to.
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant, use_safetensors=True)
-    schedule = schedule_from_betas(DDPMScheduler.from_pretrained(folder / "scheduler").betas)
-    predicts_variance = unet.config.out_channels == 2 * spec.space.channels
-    return Parts(spec, unet, schedule, epsilon_objective(schedule, predicts_variance, loss))
+    low_res = spec.conditioning.scheduler
+    return put_together(spec, unet, _schedule(folder, "scheduler"), low_res and _schedule(folder, low_res), loss)
+
+
+def _schedule(folder: Path, component: str) -> Schedule:
+    return schedule_from_betas(DDPMScheduler.from_pretrained(folder / component).betas)

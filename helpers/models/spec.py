@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helpers.models.conditioning import TextOnly
+from helpers.models.conditioning import NoisedLowRes, TextOnly
 from helpers.models.spaces import Pixels
 from helpers.models.text import T5
 
@@ -15,7 +15,7 @@ class Spec:
 
     space: Pixels
     text: T5
-    conditioning: TextOnly
+    conditioning: TextOnly | NoisedLowRes
     pipeline: str  # the class of diffusers that samples it
 
     @property

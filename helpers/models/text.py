@@ -22,6 +22,7 @@ class T5:
     """DeepFloyd IF's text side: cleaned captions, always `length` positions, the attention mask given to T5 alone."""
 
     length: int = 77
+    cleaning: str = "deepfloyd-if, twice"  # what `prepare` does, by a name that never changes its meaning
 
     def prepare(self, caption: str) -> str:
         """The caption as IF was trained to read it: lower-cased and cleaned."""
@@ -33,7 +34,7 @@ class T5:
             "text_encoder": fingerprint_files(folder / "text_encoder"),
             "tokenizer": fingerprint_files(folder / "tokenizer"),
             "length": str(self.length),
-            "cleaning": "deepfloyd-if, twice",
+            "cleaning": self.cleaning,
             "dtype": "bfloat16",
         }
 

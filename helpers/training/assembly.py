@@ -13,11 +13,17 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import UNet2DConditionModel
 
-from helpers.config.options import Config, OptimizerOptions, TrainingOptions
-from helpers.diffusion.objective import LossSettings
+from helpers.config.options import Config, LossOptions, OptimizerOptions, TrainingOptions
+from helpers.diffusion.timesteps import TimestepBias
 from helpers.models import loading
-from helpers.models.adapters import Adapter, Full, LoRA, trainable_parameters
+from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.bitfit import BitFit
+from helpers.models.full import Full
+from helpers.models.gradient_checkpointing import checkpoint_everything
+from helpers.models.lora import LoRA
+from helpers.models.parts import LossSettings
 from helpers.models.spec import Spec
+from helpers.training.ema import EMA
 from helpers.training.loop import Run
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
 from helpers.training.schedules import LearningRate
@@ -27,9 +33,17 @@ IDENTITY = (
     "model_type",
     "pretrained_model_name_or_path",
     "lora_rank",
+    "lora_rank_pattern",
     "lora_alpha",
     "lora_targets",
+    "use_dora",
+    "use_rslora",
+    "use_bitfit",
     "optimizer",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "adam_weight_decay",
     "mixed_precision",
     "pure_bf16",
     "train_variance",
@@ -57,6 +71,11 @@ def precision_of(training: TrainingOptions) -> Precision:
     return Precision(torch.bfloat16, torch.float32, "bf16")
 
 
+def loaded_dtype(adapter: Adapter, precision: Precision) -> torch.dtype:
+    """What the UNet's weights are loaded in, before the adapter is attached."""
+    return precision.trained if isinstance(adapter, Full) else precision.frozen
+
+
 def create_accelerator(config: Config) -> Accelerator:
     """accelerate's part of a run, with its tracker writing below `output_dir/logs`."""
     training, run = config.training, config.run
@@ -79,13 +98,15 @@ def start_tracker(accelerator: Accelerator, config: Config, options: Mapping[str
     accelerator.init_trackers(project, values, {"wandb": {"name": name or config.run.output_dir.name}})
 
 
-def adapter_of(config: Config, spec: Spec) -> Adapter:
+def adapter_of(config: Config) -> Adapter:
     """What MODEL_TYPE says is trained."""
+    if config.training.use_bitfit:
+        return BitFit(config.model.variant)
     if config.training_kind == "full":
-        return Full(config.model.variant, config.loss.train_variance)
+        return Full(config.model.variant)
     lora = config.lora
     alpha = lora.lora_alpha if lora.lora_alpha is not None else lora.lora_rank
-    return LoRA(spec.pipeline, lora.lora_rank, alpha, lora.lora_dropout, lora.lora_targets)
+    return LoRA(lora.lora_rank, alpha, lora.lora_dropout, lora.lora_targets, lora.use_dora, lora.use_rslora, lora.ranks)
 
 
 def identity_of(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +118,17 @@ def total_steps(training: TrainingOptions, batches_in_epoch: int) -> int:
     """Optimizer steps of the run: by steps or by epochs, whichever ends first where both are set."""
     by_epochs = math.ceil(training.num_train_epochs * batches_in_epoch / training.gradient_accumulation_steps)
     return min(limit for limit in (training.max_train_steps, by_epochs) if limit)
+
+
+def loss_settings(loss: LossOptions) -> LossSettings:
+    bias = TimestepBias(
+        loss.timestep_bias_strategy,
+        loss.timestep_bias_multiplier,
+        loss.timestep_bias_portion,
+        loss.timestep_bias_begin,
+        loss.timestep_bias_end,
+    )
+    return LossSettings(loss.train_variance, loss.snr_gamma, loss.soft_min_snr, loss.noise_offset, bias)
 
 
 def learning_rate_of(optimizer: OptimizerOptions, steps: int) -> LearningRate:
@@ -115,13 +147,11 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
     """Load the UNet, attach what is trained, and make the optimizer: a run at step 0."""
     training, precision = config.training, precision_of(config.training)
     torch.manual_seed(training.seed)  # the adapter's first values
-    whole = isinstance(adapter, Full)
-    dtype = precision.trained if whole else precision.frozen
-    loss = LossSettings(config.loss.train_variance, config.loss.snr_gamma, config.loss.soft_min_snr)
-    parts = loading.load(spec, folder, dtype, config.model.variant, loss)
+    dtype = loaded_dtype(adapter, precision)
+    parts = loading.load(spec, folder, dtype, config.model.variant, loss_settings(config.loss))
     adapter.attach(parts.unet, precision.trained)
     if training.gradient_checkpointing:
-        parts.unet.enable_gradient_checkpointing()
+        checkpoint_everything(parts.unet)
     if training.attention_mechanism == "xformers":
         _use_xformers(parts.unet)
     parts = parts.to(accelerator.device)
@@ -137,6 +167,7 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
         learning_rate=learning_rate_of(options, steps),
         max_grad_norm=training.max_grad_norm,
         generator=torch.Generator(accelerator.device).manual_seed(training.seed),
+        ema=EMA(trainable_parameters(parts.unet), options.ema_decay) if options.use_ema else None,
     )
 
 

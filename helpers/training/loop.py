@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ from tqdm import tqdm
 from helpers.data.collate import Batch
 from helpers.data.sampler import Position
 from helpers.models.adapters import trainable_parameters
-from helpers.models.loading import Parts
+from helpers.models.parts import Parts
+from helpers.training.ema import EMA
 from helpers.training.schedules import LearningRate
 from helpers.training.step import training_loss
 
@@ -37,6 +39,7 @@ class Run:
     learning_rate: LearningRate
     max_grad_norm: float
     generator: torch.Generator
+    ema: EMA | None = None
     step: int = 0
     position: Position = field(default_factory=lambda: Position(0, 0))
     stop_signal: int | None = None  # set by a signal handler; the loop ends after the step in progress
@@ -49,12 +52,17 @@ class Run:
     def finished(self) -> bool:
         return self.step >= self.total_steps
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within it the UNet has the averaged weights, where they are kept; afterwards its own, bit for bit."""
+        return self.ema.in_place() if self.ema else nullcontext()
+
     def state(self) -> dict[str, Any]:
         kind = self.accelerator.device.type
         return {
             "step": self.step,
             "position": tuple(self.position),
             "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema.state() if self.ema else None,
             "device": kind,
             "generator": self.generator.get_state(),
             "torch_rng": torch.get_rng_state(),
@@ -62,10 +70,15 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken; on another kind of device with other random numbers, which is said."""
+        """Go on where `state` was taken, with the trained weights of there already in the UNet.
+
+        What cannot go on as it was is said: random numbers on another kind of device, and averaged weights that were
+        not kept until now.
+        """
         self.step = state["step"]
         self.position = Position(*state["position"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._restore_ema(state.get("ema"))
         kind = self.accelerator.device.type
         if state["device"] != kind:
             print(f"The checkpoint is from a {state['device']} device: from here on other random numbers are drawn.")
@@ -75,6 +88,15 @@ class Run:
         torch.set_rng_state(state["torch_rng"])
         if state["device_rng"] is not None:
             getattr(torch, kind).set_rng_state(state["device_rng"])
+
+    def _restore_ema(self, state: dict[str, Any] | None) -> None:
+        if self.ema and state:
+            self.ema.restore(state)
+        elif self.ema:
+            self.ema.restart()
+            print("USE_EMA (--use_ema): the checkpoint has no averaged weights; they begin at its trained ones.")
+        elif state:
+            print("USE_EMA (--use_ema) is off: the averaged weights of the checkpoint are dropped.")
 
 
 def train(
@@ -105,6 +127,8 @@ def train(
                     run.optimizer.step()
                     run.optimizer.zero_grad()
                 progress.add(loss, len(batch.uses))
+            if run.ema:
+                run.ema.update()
             run.position, run.step = position, run.step + 1
             progress.end_step(rate)
             for call in after_step:

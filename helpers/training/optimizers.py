@@ -1,4 +1,8 @@
-"""The optimizers by the name that `--optimizer` gives them."""
+"""The optimizers by the name that `--optimizer` gives them.
+
+For each, pure bfloat16 weights either keep all of the movement that float32 weights would make, or `config/checks.py`
+refuses the pairing: `adamw` and `prodigy`. The libraries of the optional ones are imported where they are used.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +13,93 @@ import torch
 from torch.nn import Parameter
 
 from helpers.training.adamw_bf16 import AdamWBf16
+from helpers.training.rounding import InFloat32
 
 
 @dataclass(frozen=True)
 class AdamSettings:
-    """What all variants of Adam share."""
+    """What all variants of Adam share. Lion has no epsilon, Adafactor only the weight decay."""
 
     beta1: float
     beta2: float
     epsilon: float
     weight_decay: float
 
+    @property
+    def betas(self) -> tuple[float, float]:
+        return self.beta1, self.beta2
+
+
+Make = Callable[[Sequence[Parameter], float, AdamSettings], torch.optim.Optimizer]
+
+
+def _for_bf16_too(make: Make) -> Make:
+    """An optimizer of float32 weights, made to lose nothing where the weights are bfloat16."""
+
+    def made(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
+        if all(parameter.dtype == torch.float32 for parameter in parameters):
+            return make(parameters, lr, adam)
+        return InFloat32(parameters, lr, lambda stand_ins: make(stand_ins, lr, adam))
+
+    return made
+
 
 def _adamw(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        parameters, lr, betas=(adam.beta1, adam.beta2), eps=adam.epsilon, weight_decay=adam.weight_decay, fused=True
+        parameters, lr, betas=adam.betas, eps=adam.epsilon, weight_decay=adam.weight_decay, fused=True
     )
 
 
 def _adamw_bf16(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
-    return AdamWBf16(parameters, lr, (adam.beta1, adam.beta2), adam.epsilon, adam.weight_decay)
+    return AdamWBf16(parameters, lr, adam.betas, adam.epsilon, adam.weight_decay)
 
 
-OPTIMIZERS: dict[str, Callable[[Sequence[Parameter], float, AdamSettings], torch.optim.Optimizer]] = {
+def _adamw8bit(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
+    """Moments of 8 bits (Dettmers et al. 2022); float32 for parameters of less than 4096 elements."""
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, lr, adam.betas, adam.epsilon, adam.weight_decay)
+
+
+def _ao_adamw8bit(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
+    from helpers.training.torchao_adamw import TorchaoAdamW8bit
+
+    return TorchaoAdamW8bit(
+        parameters, lr, adam.betas, adam.epsilon, adam.weight_decay, bf16_stochastic_round=True
+    )
+
+
+def _adafactor(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
+    """Adafactor (Shazeer & Stern 2018) without its relative steps: the rate is ours, and means what it does to Adam.
+
+    PyTorch's own scales each step by the size of the weights, so that a LoRA, which begins at zero, hardly moves.
+    """
+    from transformers.optimization import Adafactor
+
+    return Adafactor(parameters, lr, weight_decay=adam.weight_decay, scale_parameter=False, relative_step=False)
+
+
+def _lion(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
+    """Lion (Chen et al. 2023), whose steps are all of the size of the rate."""
+    from bitsandbytes.optim import Lion
+
+    return Lion(parameters, lr, adam.betas, adam.weight_decay)
+
+
+def _prodigy(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
+    """Prodigy (Mishchenko & Defazio 2024) with what its authors recommend for diffusion models and for warm-ups."""
+    from prodigyopt import Prodigy
+
+    group = {"params": parameters, "weight_decay": adam.weight_decay}  # as a keyword it would be announced on stdout
+    return Prodigy([group], lr, adam.betas, eps=adam.epsilon, use_bias_correction=True, safeguard_warmup=True)
+
+
+OPTIMIZERS: dict[str, Make] = {
     "adamw": _adamw,
     "adamw_bf16": _adamw_bf16,
+    "adamw8bit": _for_bf16_too(_adamw8bit),
+    "ao_adamw8bit": _ao_adamw8bit,
+    "adafactor": _for_bf16_too(_adafactor),
+    "lion": _for_bf16_too(_lion),
+    "prodigy": _prodigy,
 }

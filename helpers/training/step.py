@@ -7,8 +7,8 @@ from torch import Tensor
 
 from helpers.data.collate import Batch
 from helpers.diffusion import timesteps
-from helpers.diffusion.noising import add_noise
-from helpers.models.loading import Parts
+from helpers.diffusion.noising import add_noise, gaussian
+from helpers.models.parts import Parts
 
 
 def training_loss(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
@@ -20,11 +20,11 @@ def training_loss(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: 
         generator: gives noise and timesteps; on the same device.
     """
     x = parts.spec.space.encode(batch.images)
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-    t = timesteps.uniform(len(x), parts.schedule.timesteps, generator)
+    noise = gaussian(x.shape, parts.noise_offset, generator)
+    t = timesteps.draw(parts.timestep_weights, len(x), generator)
     # Everything around the UNet is float32; only what goes into it takes its dtype.
     x_t = add_noise(parts.schedule, x, noise, t)
-    unet_input, class_labels = parts.spec.conditioning(x_t)
+    unet_input, class_labels = parts.spec.conditioning(x_t, batch.images, parts.low_res_schedule, generator)
     dtype = parts.unet.dtype
     # No attention mask: IF's pipelines never pass one, and the UNet was trained to see all positions.
     output = unet(unet_input.to(dtype), t, batch.prompt_embeds.to(dtype), class_labels=class_labels).sample

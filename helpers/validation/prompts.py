@@ -1,4 +1,4 @@
-"""The prompts of validation, with their embeddings."""
+"""Validation by prompts: what the model draws of each, at each size."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
+
+from helpers.training.loop import Run
+from helpers.validation.render import Rendered, Sampling
+from helpers.validation.sheet import Cell
 
 LONGEST_NAME = 60
 
@@ -21,12 +27,44 @@ class Prompt:
     embeds: Tensor
 
 
+@dataclass(frozen=True)
+class PromptPictures:
+    """A picture of each prompt at each size."""
+
+    sampling: Sampling
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def titles(self) -> dict[str, str]:
+        return {
+            f"{prompt.name}_{size}": f"{prompt.text} ({size})"
+            for prompt in self.prompts
+            for size in self.sampling.sizes
+        }
+
+    def render(self, run: Run, folder: Path) -> Rendered:
+        pipeline = self.sampling.pipeline(run)
+        embeds = [prompt.embeds for prompt in self.prompts]
+        columns = []
+        for size in tqdm(self.sampling.sizes, desc=f"Validation at step {run.step}", unit="size", leave=False):
+            images = self.sampling.images(pipeline, size, embeds)
+            for prompt, image in zip(self.prompts, images):
+                image.save(folder / f"{prompt.name}_{size}.png")
+            columns.append([Cell(image, f"{prompt.text} ({size})") for prompt, image in zip(self.prompts, images)])
+        return Rendered([list(row) for row in zip(*columns)])
+
+
+def safe_name(text: str) -> str:
+    """A short name for files that stands for `text`."""
+    return re.sub(r"\W+", "_", text.lower()).strip("_")[:LONGEST_NAME] or "prompt"
+
+
 def named_prompts(prompt: str | None, library: Mapping[str, str]) -> dict[str, str]:
     """The single prompt, named by itself, and those of a library, by file names that are safe and unique."""
     texts = ({prompt: prompt} if prompt else {}) | dict(library)
     named: dict[str, str] = {}
     for key, text in texts.items():
-        name = re.sub(r"\W+", "_", key.lower()).strip("_")[:LONGEST_NAME] or "prompt"
+        name = safe_name(key)
         if name in named:
             name = f"{name}_{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
         named[name] = text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.config.families import DEEPFLOYD_I, MODEL_TYPES, Contradiction, resolve
+from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II, MODEL_TYPES, Contradiction, resolve
 from helpers.config.load import load
 
 
@@ -20,16 +20,24 @@ def test_all_ways_to_say_it_give_one_config(flags):
     assert load(flags).config == load(["--model_type=deepfloyd-lora"]).config
 
 
-@pytest.mark.parametrize("flavour, hub_id", list(DEEPFLOYD_I.flavours.items()))
-def test_a_flavour_and_its_hub_id_mean_the_same(flavour, hub_id):
-    by_flavour = resolve("deepfloyd-full", None, flavour, None)
-    assert by_flavour == resolve("deepfloyd-full", None, None, hub_id)
-    assert (by_flavour.name, by_flavour.flavour, by_flavour.model_type) == (hub_id, flavour, "deepfloyd-full")
+@pytest.mark.parametrize("model_type, flavour, hub_id", [
+    ("deepfloyd-full", *flavour) for flavour in DEEPFLOYD_I.flavours.items()
+] + [("deepfloyd-stage2", *flavour) for flavour in DEEPFLOYD_II.flavours.items()])
+def test_a_flavour_and_its_hub_id_mean_the_same_through_both_doors(model_type, flavour, hub_id):
+    by_flavour = resolve(model_type, None, flavour, None)
+    assert by_flavour == resolve(model_type, None, None, hub_id)
+    assert by_flavour == resolve("full", "deepfloyd", flavour, None) == resolve("full", "deepfloyd", None, hub_id)
+    assert (by_flavour.name, by_flavour.flavour, by_flavour.model_type) == (hub_id, flavour, model_type)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_family_and_kind_join_to_a_model_type(kind):
-    assert resolve(kind, "deepfloyd", None, None).model_type == f"deepfloyd-{kind}"
+@pytest.mark.parametrize("kind, flavour, model_type", [
+    ("lora", None, "deepfloyd-lora"),
+    ("full", None, "deepfloyd-full"),
+    ("lora", "ii-medium-450m", "deepfloyd-stage2-lora"),
+    ("full", "ii-large-1.2b", "deepfloyd-stage2"),
+])
+def test_family_kind_and_flavour_join_to_a_model_type(kind, flavour, model_type):
+    assert resolve(kind, "deepfloyd", flavour, None).model_type == model_type
 
 
 def test_a_local_folder_has_no_flavour_and_an_absolute_path(tmp_path):
@@ -51,7 +59,14 @@ def test_another_hub_id_is_left_as_it_is():
     (("deepfloyd-lora", None, "xi-medium", None), "model_flavour", "DeepFloyd IF stage I needs one of"),
     (("deepfloyd-lora", None, "i-large-900m", "DeepFloyd/IF-I-M-v1.0"), "model_flavour", "which is 'i-medium-400m'"),
     (("deepfloyd-lora", None, None, "DeepFloyd/IF-II-M-v1.0"), "pretrained_model_name_or_path",
+     "which is DeepFloyd IF stage II: set model_type to deepfloyd-stage2-lora"),
+    (("deepfloyd-lora", None, None, "DeepFloyd/IF-III-L-v1.0"), "pretrained_model_name_or_path",
      "not a DeepFloyd IF stage I model"),
+    (("deepfloyd-full", None, "ii-large-1.2b", None), "model_flavour",
+     "which is DeepFloyd IF stage II: set model_type to deepfloyd-stage2, or type one of i-large-900m"),
+    (("deepfloyd-stage2", None, "i-large-900m", None), "model_flavour",
+     "which is DeepFloyd IF stage I: set model_type to deepfloyd-full"),
+    (("lora", "deepfloyd", "ii-medium-400m", None), "model_flavour", "did you mean"),
 ])
 def test_contradictions_name_the_option(said, option, words):
     with pytest.raises(Contradiction) as caught:
@@ -60,13 +75,10 @@ def test_contradictions_name_the_option(said, option, words):
 
 
 @pytest.mark.parametrize("said, model", [
-    (("deepfloyd-stage2", None, None, None), "DeepFloyd IF stage II"),
-    (("deepfloyd-stage2-lora", None, None, None), "DeepFloyd IF stage II"),
     (("deepfloyd-stage3-lora", "deepfloyd", None, None), "DeepFloyd IF stage III"),
     (("lora", None, None, None), "Stable Diffusion"),
     (("full", None, None, None), "Stable Diffusion"),
-    (("lora", "deepfloyd", "ii-medium-450m", None), "DeepFloyd IF stage II"),
-    (("deepfloyd-full", None, "ii-large-1.2b", None), "DeepFloyd IF stage II"),
+    (("deepfloyd-full", None, "iii-x4", None), "DeepFloyd IF stage III"),
 ])
 def test_a_model_that_is_not_trained_yet_is_called_so_and_none_is_guessed(said, model):
     with pytest.raises(Contradiction) as caught:

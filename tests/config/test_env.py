@@ -74,8 +74,6 @@ def test_accelerate_is_used_only_for_what_needs_it(environ, exports):
     ({"TRAINER_EXTRA_ARGS": "'open"}, "export TRAINER_EXTRA_ARGS"),
     ({"ACCELERATE_EXTRA_ARGS": "'open"}, "export ACCELERATE_EXTRA_ARGS"),
     ({"VALIDATION_STEP": "5"}, "export VALIDATION_STEP: not an option; did you mean VALIDATION_STEPS?"),
-    ({"USE_DORA": "true"}, "plain LoRA is trained"),
-    ({"USE_BITFIT": "1"}, "set it to false"),
     ({"VAE_BATCH_SIZE": "4"}, "DeepFloyd has no VAE"),
     ({"PUSH_TO_HUB": "true"}, "hf upload"),
     ({"CONTROLNET": "true"}, "set it to false"),
@@ -88,8 +86,7 @@ def test_a_wrong_export_is_answered_in_words(environ, exports, words):
 
 
 def test_what_asks_for_nothing_passes(environ):
-    off = {"USE_DORA": "false", "USE_BITFIT": "False", "USE_EMA": "0", "EMA_DECAY": "0.999",
-           "VAE_BATCH_SIZE": "1", "PUSH_TO_HUB": "no", "PUSH_CHECKPOINTS": "off", "HUB_MODEL_NAME": "mine",
+    off = {           "VAE_BATCH_SIZE": "1", "PUSH_TO_HUB": "no", "PUSH_CHECKPOINTS": "off", "HUB_MODEL_NAME": "mine",
            "CONTROLNET": "none", "TEXT_ENCODER_LIMIT": "", "DELETE_SMALL_IMAGES": "false"}
     assert command_line([], environ | off, NOTHING, "python") == command_line([], environ, NOTHING, "python")
 

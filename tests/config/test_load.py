@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from helpers.config import checks
 from helpers.config.load import ENV_FILE_MARK, ConfigError, as_json, describe, load, load_all
 from helpers.config.options import ROWS
 from helpers.config.paths import ROOT
@@ -97,7 +98,8 @@ def test_an_error_names_flag_export_and_key_with_what_was_found():
     ("--validation_guidance_rescale=0.7", "set it to 0.0"),
     ("--lr_end=1", "above the learning_rate"),
     ("--validation_prompt_library=/nowhere.json", "there is no file /nowhere.json"),
-    ("--use_dora", "found 'true', which is not offered"),
+    ("--lora_rank_pattern=add_k_proj", "needs layers with their ranks, such as add_k_proj=64"),
+    ("--lora_rank_pattern=to_q=0", "found 'to_q=0', needs layers with their ranks"),
 ])
 def test_wrong_input_is_answered_in_words(flag, words):
     problems = problems_of(flag)
@@ -113,6 +115,21 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--max_train_steps=10", "--lr_warmup_steps=10"], "ends after the 10 of --max_train_steps"),
     (["--resolution_type=area", "--resolution=64"], "resolution_type pixel"),
     (["--soft_min_snr"], "type a snr_gamma such as 5"),
+    (["--optimizer=prodigy", "--pure_bf16"], "type adamw_bf16, or set pure_bf16 to false"),
+    (["--optimizer=prodigy", "--learning_rate=4e-5"], "finds its own rate and multiplies it by this: type 1"),
+    (["--optimizer=adafactor", "--adam_beta2=0.99"], "found 0.99 beside optimizer 'adafactor'"),
+    (["--optimizer=lion", "--adam_epsilon=1e-6"], "has no such setting: remove it"),
+    (["--lr_scheduler=linear", "--lr_num_cycles=2"], "has no cycles: remove it"),
+    (["--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=1.5"], "type a whole number"),
+    (["--lr_scheduler=sine", "--lr_num_cycles=6", "--max_train_steps=10"], "type a smaller number"),
+    (["--lr_power=2"], "type polynomial"),
+    (["--use_dora", "--model_type=deepfloyd-full"], "set it to false, or model_type to deepfloyd-lora"),
+    (["--use_rslora", "--model_type=deepfloyd-stage2"], "set it to false, or model_type to deepfloyd-stage2-lora"),
+    (["--lora_rank_pattern=to_q=8,add_k_prj=64"], "found the layer 'add_k_prj'"),
+    (["--lora_rank_pattern=conv1=8"], "with lora_targets 'attention' it needs one of to_q"),
+    (["--use_bitfit"], "set it to false, or model_type to deepfloyd-full"),
+    (["--use_bitfit", "--use_dora"], "set one of the two to false"),
+    (["--use_bitfit", "--use_rslora", "--model_type=deepfloyd-full"], "set one of the two to false"),
 ])
 def test_options_that_do_not_fit_together_are_refused(flags, words):
     problems = problems_of(*flags)
@@ -157,6 +174,26 @@ def test_the_default_optimizer_moves_weights_of_the_precision_chosen(flags, opti
     assert load([LORA, *flags]).config.optimizer.optimizer == optimizer
 
 
+@pytest.mark.parametrize("flags, learning_rate, beta2", [
+    ([], 4e-5, 0.999), (["--optimizer=prodigy"], 1.0, 0.999), (["--optimizer=lion"], 4e-5, 0.99),
+    (["--optimizer=prodigy", "--learning_rate=0.5", "--adam_beta2=0.99"], 0.5, 0.99),
+])
+def test_an_optimizer_brings_its_own_defaults(flags, learning_rate, beta2):
+    optimizer = load([LORA, *flags]).config.optimizer
+    assert (optimizer.learning_rate, optimizer.adam_beta2) == (learning_rate, beta2)
+
+
+@pytest.mark.parametrize("optimizer, package", [
+    ("adamw8bit", "bitsandbytes"), ("lion", "bitsandbytes"), ("prodigy", "prodigyopt"), ("ao_adamw8bit", "torchao"),
+])
+def test_an_optimizer_whose_package_is_missing_is_refused_with_the_command_that_installs_it(
+    monkeypatch, optimizer, package
+):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None if name == package else True)
+    (problem,) = problems_of(f"--optimizer={optimizer}")
+    assert f"pip install {package}" in problem and "type adamw" in problem
+
+
 @pytest.mark.parametrize("value", ["64, 96,64x96,96X64", [64, "96", "64x96", "96x64"]])
 def test_validation_sizes_are_listed_in_order(value, tmp_path):
     config = load([LORA, written(tmp_path, {"validation_resolution": value})]).config
@@ -195,7 +232,7 @@ def test_null_is_not_set_and_whole_lines_of_comment_are_skipped(tmp_path):
     ({"lr_ned": 1}, 'config.json, key "lr_ned": not an option; did you mean lr_end?'),
     ({"seed": True}, "found true, needs a whole number"),
     ({"learning_rate": [1]}, "found [1], needs a number"),
-    ({"use_ema": True}, "found true, which is not offered"),
+    ({"controlnet": True}, "found true, which is not offered"),
     ({"config": "x"}, 'key "config": not an option'),
     ('{"seed": 1, "seed": 2}', 'key "seed" is there twice'),
     ('{"seed": 1,}', "not JSON: a comma stands before the closing bracket: remove it"),

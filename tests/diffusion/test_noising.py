@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from helpers.diffusion.noising import add_noise, posterior_mean, predict_x_0, schedule_from_betas
+from helpers.diffusion.noising import add_noise, gaussian, posterior_mean, predict_x_0, schedule_from_betas
 
 SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 
@@ -72,3 +72,19 @@ def test_posterior_mean_agrees_with_bayes_rule(schedule, t):
     variance = 1 / (precision_prior + precision_likelihood)
     assert schedule.posterior_log_variance[t].item() == pytest.approx(math.log(variance), abs=1e-3)
     assert schedule.posterior_log_variance[0] == schedule.posterior_log_variance[1]
+
+
+def test_offset_noise_is_drawn_afresh_for_each_channel_of_each_image():
+    generator = torch.Generator().manual_seed(0)
+    shape = (500, 3, 32, 32)
+    plain, offset = (gaussian(shape, strength, generator) for strength in (0.0, 0.5))
+    assert plain.mean(dim=(2, 3)).std() == pytest.approx(1 / 32, rel=0.1)
+    means = offset.mean(dim=(2, 3))
+    assert means.std() == pytest.approx((0.5**2 + 1 / 32**2) ** 0.5, rel=0.1)
+    assert abs(torch.corrcoef(means.T)[0, 1]) < 0.1, "channels are offset apart from each other"
+    assert (offset - means[..., None, None]).std() == pytest.approx(1, rel=0.01)
+
+
+def test_without_offset_the_noise_is_plain():
+    drawn = gaussian((2, 3, 4, 4), 0.0, torch.Generator().manual_seed(1))
+    assert torch.equal(drawn, torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)))

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from helpers.diffusion.noising import add_noise, schedule_from_betas
-from helpers.diffusion.objective import LossSettings, epsilon_objective
+from helpers.diffusion.objective import EpsilonObjective
 from helpers.diffusion.variance import discretised_log_likelihood, log_variance, normal_kl, variational_bound
 
 
@@ -104,8 +104,8 @@ def test_objective_is_the_mean_squared_error_plus_the_bound(schedule):
     eps_hat, v = output[:, :3], output[:, 3:]
     plain = ((eps - eps_hat) ** 2).mean()
     bound = variational_bound(schedule, x_0, x_t, t, eps_hat, v).mean()
-    both = epsilon_objective(schedule, True, LossSettings())(output, x_0, x_t, eps, t)
+    both = EpsilonObjective(schedule, True, torch.ones(1000))(output, x_0, x_t, eps, t)
     assert both.item() == pytest.approx((plain + bound).item(), rel=1e-6)
-    for predicts_variance, untrained in ((False, eps_hat), (True, output)):
-        only = epsilon_objective(schedule, predicts_variance, LossSettings(trains_variance=False))(untrained, x_0, x_t, eps, t)
+    for untrained in (eps_hat, output):
+        only = EpsilonObjective(schedule, False, torch.ones(1000))(untrained, x_0, x_t, eps, t)
         assert only.item() == pytest.approx(plain.item(), rel=1e-6)

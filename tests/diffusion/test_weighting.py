@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from helpers.diffusion.noising import add_noise, schedule_from_betas
-from helpers.diffusion.objective import LossSettings, epsilon_objective
+from helpers.diffusion.objective import EpsilonObjective
 from helpers.diffusion.weighting import min_snr, signal_to_noise
 
 
@@ -43,6 +43,7 @@ def test_the_ratio_falls_from_clear_to_noisy(schedule):
 def test_the_loss_of_a_batch_is_the_weighted_mean(schedule, soft):
     x_0, eps, t = torch.rand(3, 3, 4, 4) * 2 - 1, torch.randn(3, 3, 4, 4), torch.tensor([0, 300, 900])
     x_t, eps_hat = add_noise(schedule, x_0, eps, t), torch.randn(3, 3, 4, 4)
-    objective = epsilon_objective(schedule, False, LossSettings(snr_gamma=2.0, soft_min_snr=soft))
-    expected = sum(min_snr(schedule, 2.0, soft)[step] * (a - b).square().mean() for a, b, step in zip(eps, eps_hat, t))
+    weights = min_snr(schedule, 2.0, soft)
+    objective = EpsilonObjective(schedule, False, weights)
+    expected = sum(weights[step] * (a - b).square().mean() for a, b, step in zip(eps, eps_hat, t))
     assert objective(eps_hat, x_0, x_t, eps, t).item() == pytest.approx(expected.item() / 3, rel=1e-5)

@@ -258,3 +258,16 @@ def test_an_unknown_crop_style_and_a_box_that_does_not_fit_are_errors() -> None:
         crop_box(Size(65, 65), Size(64, 64), "middle")
     with pytest.raises(ValueError, match="does not fit"):
         crop_box(Size(63, 65), Size(64, 64), "center")
+
+
+@pytest.mark.parametrize("size, used", [(Size(64, 64), True), (Size(90, 64), True), (Size(63, 200), False)])
+def test_without_enlarging_images_that_do_not_fill_their_target_are_left_out(size, used):
+    reason = refusal(size, Rules(resolution=64, enlarge=False))
+    assert (reason is None) == used
+    assert used or "63x200 is smaller than its training size 64x64" in reason
+    assert refusal(size, Rules(resolution=64)) is None
+
+
+def test_without_enlarging_a_long_bucket_counts_too():
+    rules = Rules(resolution=64, crop_aspect="preserve", alignment=16, enlarge=False)
+    assert "80x64" in refusal(Size(78, 64), rules), "64 x 1.22 rounds up to 80"

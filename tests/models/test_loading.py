@@ -9,10 +9,10 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
 from helpers.config.families import DEEPFLOYD_I
-from helpers.diffusion.objective import LossSettings
 from helpers.models import loading
 from helpers.models.families import SPECS
 from helpers.models.loading import WeightsError
+from helpers.models.parts import LossSettings
 
 SPEC = SPECS[DEEPFLOYD_I.key]
 

@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from helpers.config.load import load
 from helpers.data.collate import Batch
 from helpers.data.sampler import Position
+from helpers.models.adapters import trainable_parameters
 from helpers.models.families import SPECS
 from helpers.training import assembly
 from helpers.training.loop import Every, Run, train
@@ -25,7 +27,7 @@ def make_run(tiny_model):
         config = load([f"--{name}={value}" for name, value in values.items()]).config
         spec = SPECS[config.family.key]
         accelerator = assembly.create_accelerator(config)
-        return assembly.create_run(config, spec, tiny_model, assembly.adapter_of(config, spec), accelerator, steps)
+        return assembly.create_run(config, spec, tiny_model, assembly.adapter_of(config), accelerator, steps)
 
     return make
 
@@ -37,6 +39,13 @@ def batches(count: int | None = None):
         images = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=generator)
         text = torch.randn(2, 77, 64, generator=generator).bfloat16()
         yield Position(0, number), Batch(images, text, (None, None))
+
+
+def stop_at(step: int) -> Callable[[Run], None]:
+    def stop(run: Run) -> None:
+        run.stop_signal = 2 if run.step == step else None
+
+    return stop
 
 
 def gradient_norms(run: Run) -> list[float]:
@@ -81,6 +90,46 @@ def test_each_step_uses_the_schedules_rate(make_run):
     assert rates == pytest.approx([1e-3, 7e-4, 4e-4, 1e-4])
 
 
+def test_weights_are_averaged_once_an_optimizer_step(make_run):
+    run = make_run(4, use_ema=True, gradient_accumulation_steps=3, learning_rate=1e-2)
+    seen = []
+    train(run, batches(), [lambda run: seen.append([p.detach().clone() for p in trainable_parameters(run.unet)])])
+    assert run.ema.state()["updates"] == 4
+    expected = seen[0]
+    for update, weights in enumerate(seen[1:], 2):
+        expected = [(update * old + 9 * new) / (9 + update) for old, new in zip(expected, weights)]
+    with run.averaged_weights():
+        for parameter, average in zip(trainable_parameters(run.unet), expected):
+            torch.testing.assert_close(parameter.detach(), average, rtol=1e-4, atol=1e-7)
+
+
+def test_without_averaging_the_weights_stay_in_place(make_run):
+    run = make_run(1)
+    before = [p.detach().clone() for p in trainable_parameters(run.unet)]
+    with run.averaged_weights():
+        assert all(torch.equal(old, new) for old, new in zip(before, trainable_parameters(run.unet)))
+    assert run.state()["ema"] is None
+
+
+def test_averaging_that_is_switched_on_later_begins_there_and_switched_off_is_dropped_and_both_are_said(
+    make_run, capsys
+):
+    plain, averaging = make_run(4), make_run(4, use_ema=True)
+    for run in (plain, averaging):
+        train(run, itertools.islice(batches(), 2), [stop_at(2)])
+    started = make_run(4, use_ema=True)
+    for parameter in trainable_parameters(started.unet):
+        parameter.data.add_(1.0)  # as the weights of the checkpoint, which are loaded before
+    started.restore(plain.state())
+    assert "USE_EMA" in capsys.readouterr().out
+    assert started.ema.state()["updates"] == 0
+    pairs = zip(started.ema.state()["weights"], trainable_parameters(started.unet))
+    assert all(torch.equal(average, parameter) for average, parameter in pairs)
+    stopped = make_run(4)
+    stopped.restore(averaging.state())
+    assert "dropped" in capsys.readouterr().out and stopped.state()["ema"] is None
+
+
 def test_dropout_and_gradient_checkpointing_are_at_work_while_training(make_run):
     run = make_run(1, lora_dropout=0.5, gradient_checkpointing=True)
     calls = []
@@ -93,11 +142,7 @@ def test_dropout_and_gradient_checkpointing_are_at_work_while_training(make_run)
 
 def test_a_signal_ends_the_run_after_the_step_in_progress(make_run):
     run = make_run(100)
-
-    def stop(run: Run) -> None:
-        run.stop_signal = 2 if run.step == 2 else None
-
-    train(run, batches(), [stop])
+    train(run, batches(), [stop_at(2)])
     assert run.step == 2 and not run.finished
 
 
@@ -129,3 +174,18 @@ def test_noise_of_low_timesteps_survives_bf16_training(make_run, mixed, pure):
 def _autocast_loss(run: Run, batch: Batch) -> torch.Tensor:
     with run.accelerator.autocast():
         return training_loss(run.parts, run.unet, batch, run.generator)
+
+
+def test_loss_options_reach_the_step(make_run):
+    """Each changes the loss of the same batch from the same generator, and none does where it is off."""
+    [(_, batch)] = batches(1)
+
+    def loss(**options: object) -> float:
+        run = make_run(1, **options)
+        return training_loss(run.parts, run.unet, batch, run.generator).item()
+
+    plain = loss()
+    assert loss() == plain
+    later = {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 1e6, "timestep_bias_begin": 990}
+    changed = [loss(snr_gamma=0.1), loss(snr_gamma=0.1, soft_min_snr=True), loss(noise_offset=0.5), loss(**later)]
+    assert len({plain, *changed}) == 5

@@ -1,0 +1,100 @@
+"""What a saved adapter tells of itself, in its safetensors metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from pydantic import TypeAdapter
+from safetensors import safe_open
+
+from helpers.models.spec import Spec
+
+PREFIX = "floydtuner."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What is trained on, and what sampling must do as the training did.
+
+    Attributes:
+        base_model: a hub id, or the name of a local folder; never a path.
+        family: the key of a `config.families.Family`, which tells the stage.
+        pipeline: the class of diffusers that samples it.
+        variance_type: that of the scheduler to sample with: a predicted variance is of use only where it was trained.
+        caption_cleaning: how captions are prepared, the `cleaning` of the family's text side.
+        token_length: positions of the text that the UNet attends to.
+    """
+
+    base_model: str
+    family: str
+    pipeline: str
+    prediction_type: str
+    variance_type: str
+    caption_cleaning: str
+    token_length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFacts(Origin):
+    """What a saved adapter is.
+
+    Attributes:
+        kind: lora, dora or bitfit; bitfit alone has neither rank nor alpha nor targets.
+        rslora: the adapter's output is scaled by alpha / sqrt(rank) instead of alpha / rank.
+        targets: the layers that have an adapter, a key of `config.families.LORA_TARGETS`.
+    """
+
+    kind: str
+    rank: int | None = None
+    alpha: float | None = None
+    targets: str | None = None
+    rslora: bool = False
+
+
+def origin_of(name: str, family: str, spec: Spec, folder: Path, trains_variance: bool) -> Origin:
+    """The origin of what is trained on the weights in `folder`.
+
+    Args:
+        name: as the user gave it: a hub id or a folder's path.
+        trains_variance: whether the variance is trained too, where the UNet predicts one.
+    """
+    channels = UNet2DConditionModel.load_config(folder / "unet")["out_channels"]
+    learned = trains_variance and channels == 2 * spec.space.channels
+    return Origin(
+        base_model=Path(name).name if Path(name).is_dir() else name,
+        family=family,
+        pipeline=spec.pipeline,
+        prediction_type=DDPMScheduler.load_config(folder / "scheduler").get("prediction_type", "epsilon"),
+        variance_type="learned_range" if learned else "fixed_small",
+        caption_cleaning=spec.text.cleaning,
+        token_length=spec.text.length,
+    )
+
+
+def metadata(origin: Origin, **own: Any) -> dict[str, str]:
+    """The metadata of a safetensors file with an adapter; `own` are the fields that `AdapterFacts` has beside Origin's.
+
+    The "format" is what diffusers and transformers expect in any file of theirs.
+    """
+    facts = asdict(AdapterFacts(**asdict(origin), **own))
+    return {"format": "pt"} | {
+        PREFIX + name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in facts.items() if value is not None
+    }
+
+
+def read_adapter_facts(path: Path) -> AdapterFacts | None:
+    """What the adapter in a safetensors file tells of itself; None for one that this project did not make.
+
+    Raises:
+        ValueError: facts are missing or are of the wrong kind.
+    """
+    with safe_open(path, framework="pt") as file:
+        stored: Mapping[str, str] = file.metadata() or {}
+    facts = {name.removeprefix(PREFIX): value for name, value in stored.items() if name.startswith(PREFIX)}
+    return TypeAdapter(AdapterFacts).validate_python(facts) if facts else None

@@ -1,0 +1,37 @@
+"""Full tuning: every weight of the UNet is trained, and a whole pipeline comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from helpers.models.facts import Origin
+from helpers.models.pipelines import save_unet, write_pipeline
+
+
+@dataclass(frozen=True)
+class Full:
+    """Every weight of the UNet.
+
+    Attributes:
+        variant: the variant of the base's weight files ("fp16"), or None for the plain ones.
+    """
+
+    variant: str | None = None
+    origin: Origin | None = None
+
+    def attach(self, unet: UNet2DConditionModel, weights_dtype: torch.dtype) -> None:
+        unet.to(weights_dtype).requires_grad_(True)
+
+    def save_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
+        save_unet(unet, folder / "unet")
+
+    def load_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
+        saved = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=unet.dtype, use_safetensors=True)
+        unet.load_state_dict(saved.state_dict())
+
+    def export(self, unet: UNet2DConditionModel, base: Path, output: Path) -> Path:
+        return write_pipeline(unet, base, output, self.variant, self.origin)

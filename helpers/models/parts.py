@@ -1,0 +1,81 @@
+"""What a training step needs of a model, put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from helpers.diffusion.noising import Schedule
+from helpers.diffusion.objective import EpsilonObjective
+from helpers.diffusion.timesteps import TimestepBias
+from helpers.diffusion.weighting import min_snr
+from helpers.models.spec import Spec
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the user may choose of what is trained.
+
+    Args:
+        trains_variance: train the variance too, where the UNet predicts one.
+        snr_gamma, soft_min_snr: see `weighting.min_snr`.
+        noise_offset: see `noising.gaussian`.
+    """
+
+    trains_variance: bool = True
+    snr_gamma: float = 0.0
+    soft_min_snr: bool = False
+    noise_offset: float = 0.0
+    timestep_bias: TimestepBias = TimestepBias()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model and what it is trained on.
+
+    Attributes:
+        low_res_schedule: how the low-resolution image is noised that joins x_t; None for models without one.
+        timestep_weights: how often each timestep is drawn, float32 `[T]`.
+    """
+
+    spec: Spec
+    unet: UNet2DConditionModel
+    schedule: Schedule
+    low_res_schedule: Schedule | None
+    objective: EpsilonObjective
+    timestep_weights: Tensor
+    noise_offset: float
+
+    def to(self, device: torch.device) -> Parts:
+        return replace(
+            self,
+            unet=self.unet.to(device),
+            schedule=self.schedule.to(device),
+            low_res_schedule=self.low_res_schedule and self.low_res_schedule.to(device),
+            objective=self.objective.to(device),
+            timestep_weights=self.timestep_weights.to(device),
+        )
+
+
+def put_together(
+    spec: Spec,
+    unet: UNet2DConditionModel,
+    schedule: Schedule,
+    low_res_schedule: Schedule | None = None,
+    loss: LossSettings = LossSettings(),
+) -> Parts:
+    """The parts of a model; whether it predicts a variance is seen from its UNet."""
+    predicts_variance = unet.config.out_channels == 2 * spec.space.channels
+    weights = min_snr(schedule, loss.snr_gamma, loss.soft_min_snr)
+    return Parts(
+        spec=spec,
+        unet=unet,
+        schedule=schedule,
+        low_res_schedule=low_res_schedule,
+        objective=EpsilonObjective(schedule, predicts_variance and loss.trains_variance, weights),
+        timestep_weights=loss.timestep_bias.weights(schedule.timesteps),
+        noise_offset=loss.noise_offset,
+    )

@@ -1,0 +1,85 @@
+"""Pipelines in diffusers' layout, written with a tuned UNet beside the base's other components."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import diffusers
+from diffusers import UNet2DConditionModel
+
+from helpers.models.facts import Origin
+
+WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5")
+
+
+def write_pipeline(unet: UNet2DConditionModel, base: Path, output: Path, variant: str | None, origin: Origin) -> Path:
+    """Write `output/pipeline`: the base's components copied as files, the tuned UNet, and a scheduler that fits it.
+
+    Args:
+        base: the folder of the pipeline that was tuned.
+        variant: the variant of its weight files to copy ("fp16"), or None for the plain ones.
+
+    Raises:
+        FileNotFoundError: the base lacks a component that the pipeline cannot do without.
+    """
+    pipeline, partial = output / "pipeline", output / ".pipeline.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    index = json.loads((base / "model_index.json").read_text("utf-8"))
+    index.pop("_name_or_path", None)
+    index["_class_name"] = origin.pipeline
+    optional = getattr(diffusers, origin.pipeline)._optional_components
+    for name, component in index.items():
+        if not isinstance(component, list) or name == "unet":
+            continue
+        if name in optional and not _is_usable(base / name):  # such as IF's safety checker, which is never fetched
+            index[name] = [None, None]
+        elif component != [None, None]:
+            _copy_component(base / name, partial / name, variant)
+    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    _change_json(partial / "scheduler" / "scheduler_config.json", variance_type=origin.variance_type)
+    save_unet(unet, partial / "unet")
+    shutil.rmtree(pipeline, ignore_errors=True)
+    return partial.rename(pipeline)
+
+
+def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:
+    unet.save_pretrained(folder)
+    _change_json(folder / "config.json", _name_or_path=None)  # where the base lay is nobody else's business
+
+
+def _change_json(path: Path, **values: object) -> None:
+    """Set keys of a JSON file; None removes a key."""
+    content = {**json.loads(path.read_text("utf-8")), **values}
+    kept = {key: value for key, value in content.items() if value is not None or key not in values}
+    path.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+
+
+def _is_usable(component: Path) -> bool:
+    """Whether a component is there, and has its weights, if it has any, not only in pickled files."""
+    suffixes = {path.suffix for path in component.rglob("*")}
+    return bool(suffixes) and (".safetensors" in suffixes or not suffixes & set(WEIGHTS))
+
+
+def _copy_component(source: Path, target: Path, variant: str | None) -> None:
+    """Copy a component; of its weights only one variant, under the names of the plain one. Pickled ones stay behind.
+
+    A component may lack the variant, as diffusers allows: then the plain weights are copied.
+    """
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source.parent} has no {source.name}, which its pipeline needs")
+    files = sorted(path for path in source.rglob("*") if path.is_file())
+    infix = f".{variant}" if variant and any(f".{variant}" in path.name for path in files) else ""
+    for path in files:
+        is_weights = path.suffix in WEIGHTS or ".index." in path.name
+        is_of_variant = infix in path.name if infix else ".fp16" not in path.name
+        if is_weights and not (is_of_variant and path.suffix in (".safetensors", ".json")):
+            continue
+        copy = target / path.relative_to(source)
+        copy = copy.with_name(copy.name.replace(infix, "")) if is_weights and infix else copy
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+        if infix and is_weights and path.suffix == ".json":
+            copy.write_text(copy.read_text("utf-8").replace(infix, ""), "utf-8")

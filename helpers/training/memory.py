@@ -1,0 +1,288 @@
+"""How much memory a training step will take, told before any weights load.
+
+Weights, gradients, optimizer and EMA follow from shapes and dtypes, to the byte. For the activations a forward and a
+backward pass run on PyTorch's meta device, where tensors have shapes and no data, while it is counted what lives. That
+takes a second or two, whatever the model's size. What kernels work with for themselves is not in it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils.checkpoint import checkpoint
+
+from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.gradient_checkpointing import checkpoint_everything
+from helpers.sizes import Size
+from helpers.training.rounding import chunks_of
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides how much memory a training step takes.
+
+    Attributes:
+        architecture: a UNet's `config.json`.
+        adapter: what is trained.
+        weights, trained: the dtypes that the UNet is loaded in, and that what is trained is kept in.
+        autocast: whether the computation is autocast to bfloat16.
+        optimizer: a key of `STATE_BYTES`.
+        size: of the largest x.
+        tokens: positions of the text.
+        accumulates: whether gradients wait while further batches are computed.
+    """
+
+    architecture: Path
+    adapter: Adapter
+    weights: torch.dtype
+    trained: torch.dtype
+    autocast: bool
+    optimizer: str
+    ema: bool
+    checkpointing: bool
+    batch_size: int
+    size: Size
+    tokens: int
+    accumulates: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, by what takes them.
+
+    Attributes:
+        activations: the most that forward and backward pass hold at one time besides gradients.
+        peak: the most of all at one time, which is below their sum: gradients come as activations go.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    ema: int
+    activations: int
+    peak: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What takes memory, by its name."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "EMA": self.ema,
+            "activations": self.activations,
+        }
+
+    @property
+    def largest(self) -> str:
+        return max(self.parts, key=self.parts.get)
+
+
+def estimate(setup: Setup) -> Memory:
+    """The memory of a step of a run that is under way."""
+    unet = _unet_without_data(setup)
+    trained = trainable_parameters(unet)
+    weights = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
+    gradients = sum(parameter.nbytes for parameter in trained)
+    optimizer = STATE_BYTES[setup.optimizer](trained)
+    ema = sum(4 * parameter.numel() for parameter in trained) if setup.ema else 0
+    ledger = _pass(unet, setup)
+    moments = [
+        gradients + ledger.most_activations if setup.accumulates else ledger.most,
+        gradients + UPDATE_BYTES[setup.optimizer](trained),
+        ema,  # of which the update makes a copy, when the gradients are gone
+    ]
+    peak = weights + optimizer + ema + max(moments)
+    return Memory(weights, gradients, optimizer, ema, ledger.most_activations, peak)
+
+
+def _unet_without_data(setup: Setup) -> UNet2DConditionModel:
+    with META:
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(setup.architecture))
+        for parameter in unet.parameters():
+            parameter.data = parameter.data.to(setup.weights)
+        setup.adapter.attach(unet, setup.trained)
+    if setup.checkpointing:
+
+        def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+            return nullcontext(), AsOnCuda(setup.autocast)  # the second pass begins outside of all modes
+
+        checkpoint_everything(unet, partial(checkpoint, use_reentrant=False, context_fn=contexts))
+    return unet.train()
+
+
+def _pass(unet: UNet2DConditionModel, setup: Setup) -> Ledger:
+    """A forward and a backward pass on the meta device."""
+    config, count = unet.config, setup.batch_size
+    ledger = Ledger(unet.parameters())
+    for parameter in trainable_parameters(unet):
+        parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    with ledger, META:
+        x = torch.empty(count, config.in_channels, setup.size.height, setup.size.width, dtype=unet.dtype)
+        text = torch.empty(count, setup.tokens, width, dtype=unet.dtype)
+        t = torch.empty(count, dtype=torch.int64)
+        labels = None if config.class_embed_type is None else torch.empty_like(t)
+        with AsOnCuda(setup.autocast):
+            output = unet(x, t, text, class_labels=labels).sample
+        output.float().square().mean().backward()
+    return ledger
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes that live besides `known` tensors: the storages that operations return, until they are freed."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._activations = self._gradients = 0
+        self.most_activations = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor.untyped_storage())
+        return result
+
+    def count_as_gradient(self, parameter: Parameter) -> None:
+        """Book a parameter's gradient, which an operation returned, as such."""
+        key = parameter.grad.untyped_storage()._cdata
+        size, self._bytes[key] = self._bytes[key], 0
+        self._activations -= size
+        self._gradients += size
+
+    def _enter(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._bytes:
+            return
+        self._bytes[storage._cdata] = storage.nbytes()
+        self._activations += storage.nbytes()
+        self.most_activations = max(self.most_activations, self._activations)
+        self.most = max(self.most, self._activations + self._gradients)
+        weakref.finalize(storage, self._leave, storage._cdata)
+
+    def _leave(self, key: int) -> None:
+        self._activations -= self._bytes.pop(key)
+
+
+class AsOnCuda(TorchFunctionMode):
+    """Has the meta device compute as CUDA does: attention fused, and in autocast's dtypes (ATen/autocast_mode.h)."""
+
+    IN_BFLOAT16 = frozenset({
+        F.conv2d, F.linear, F.scaled_dot_product_attention, torch.bmm, torch.einsum, torch.matmul,
+        Tensor.matmul, Tensor.__matmul__,
+    })  # fmt: skip
+    IN_FLOAT32 = frozenset({F.group_norm, F.interpolate, F.layer_norm})
+
+    def __init__(self, autocast: bool) -> None:
+        super().__init__()
+        self._autocast = autocast
+        self._cast_parameters: dict[Tensor, Tensor] = {}
+
+    def __exit__(self, *exception: object) -> None:
+        self._cast_parameters.clear()
+        super().__exit__(*exception)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._autocast and func in self.IN_BFLOAT16 | self.IN_FLOAT32:
+            dtype = torch.bfloat16 if func in self.IN_BFLOAT16 else torch.float32
+            args, kwargs = tree_map_only(Tensor, lambda tensor: self._cast(tensor, dtype), (args, kwargs))
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
+        return func(*args, **kwargs)
+
+    def _cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        if not (isinstance(tensor, Parameter) and tensor.requires_grad and dtype == torch.bfloat16):
+            return tensor.to(dtype)
+        if tensor not in self._cast_parameters:  # autocast keeps these until its context ends
+            self._cast_parameters[tensor] = tensor.to(dtype)
+        return self._cast_parameters[tensor]
+
+
+def _moments(count: int, scalars: int = 0) -> Callable[[Sequence[Parameter]], int]:
+    """`count` tensors like each parameter, and as many float32 scalars as said."""
+    return lambda parameters: sum(count * parameter.nbytes + 4 * scalars for parameter in parameters)
+
+
+def _bitsandbytes(parameters: Sequence[Parameter]) -> int:
+    """Two moments of 8 bits with a scale for each 256, of smaller parameters in float32; and two tables of 256."""
+    large = [parameter.numel() for parameter in parameters if parameter.numel() >= 4096]
+    small = [parameter.numel() for parameter in parameters if parameter.numel() < 4096]
+    return sum(2 * count + 8 * -(-count // 256) for count in large) + 8 * sum(small) + 2048 * bool(large)
+
+
+def _torchao(parameters: Sequence[Parameter]) -> int:
+    """As bitsandbytes, but each with tables of its own, and of parameters that are not whole blocks as they are."""
+    packed = [one.numel() for one in parameters if one.numel() >= 4096 and one.numel() % 256 == 0]
+    plain = [one for one in parameters if one.numel() < 4096 or one.numel() % 256]
+    return sum(2 * (count + count // 64 + 1024) + 4 for count in packed) + _moments(2, scalars=1)(plain)
+
+
+def _adafactor(parameters: Sequence[Parameter]) -> int:
+    """The second moment's sums over each of the last two dimensions, where there are two; always float32."""
+
+    def count(parameter: Parameter) -> int:
+        if parameter.ndim < 2:
+            return parameter.numel()
+        return parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2]
+
+    return sum(4 * count(parameter) + 4 for parameter in parameters)
+
+
+STATE_BYTES: Mapping[str, Callable[[Sequence[Parameter]], int]] = {
+    "adamw": _moments(2, scalars=1),
+    "adamw_bf16": _moments(2),
+    "adamw8bit": _bitsandbytes,
+    "ao_adamw8bit": _torchao,
+    "adafactor": _adafactor,
+    "lion": lambda parameters: sum(4 * parameter.numel() for parameter in parameters),
+    "prodigy": _moments(4),  # one less for those that begin at zero
+}
+"""What each optimizer keeps for these parameters after its first step."""
+
+
+def _in_chunks(bfloat16: int, float32: int) -> Callable[[Sequence[Parameter]], int]:
+    """Bytes for each element of the largest chunk, by the parameters' dtype."""
+
+    def count(parameters: Sequence[Parameter]) -> int:
+        chunks = [sum(parameter.numel() for parameter in chunk) for chunk in chunks_of(parameters)]
+        of_each = bfloat16 if parameters[0].dtype == torch.bfloat16 else float32
+        return of_each * max(chunks)
+
+    return count
+
+
+def _one_by_one(of_each: int) -> Callable[[Sequence[Parameter]], int]:
+    """Bytes for each element of the largest parameter."""
+    return lambda parameters: of_each * max(parameter.numel() for parameter in parameters)
+
+
+UPDATE_BYTES: Mapping[str, Callable[[Sequence[Parameter]], int]] = {
+    "adamw": lambda parameters: 0,
+    "adamw_bf16": _in_chunks(32, 20),
+    "adamw8bit": _in_chunks(20, 0),
+    "ao_adamw8bit": _one_by_one(8),  # as float32 both moments; what the compiler makes of its step differs
+    "adafactor": lambda parameters: max(_in_chunks(17, 0)(parameters), _one_by_one(9)(parameters)),
+    "lion": _in_chunks(20, 0),
+    "prodigy": _one_by_one(9),
+}
+"""What each optimizer's step works with, at the most."""

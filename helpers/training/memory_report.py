@@ -1,0 +1,101 @@
+"""What a run is told of the memory that it will need, and what to change where that is more than there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from helpers.config.optimizers import OPTIMIZERS
+from helpers.config.options import Config
+from helpers.models.spec import Spec
+from helpers.sizes import Size
+from helpers.training import assembly
+from helpers.training.memory import Memory, Setup, estimate
+
+GB = 1e9
+
+
+def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setup:
+    """What the options say of a run whose largest images have this size, in pixels."""
+    training, adapter = config.training, assembly.adapter_of(config)
+    precision = assembly.precision_of(training)
+    return Setup(
+        architecture=architecture,
+        adapter=adapter,
+        weights=assembly.loaded_dtype(adapter, precision),
+        trained=precision.trained,
+        autocast=precision.autocast == "bf16",
+        optimizer=config.optimizer.optimizer,
+        ema=config.optimizer.use_ema,
+        checkpointing=training.gradient_checkpointing,
+        batch_size=training.train_batch_size,
+        size=size,
+        tokens=spec.text.length,
+        accumulates=training.gradient_accumulation_steps > 1,
+    )
+
+
+def report(config: Config, spec: Spec, architecture: Path, size: Size, free: int | None) -> str:
+    """All parts for a dry run, a line for a real one; and a warning where the GPU has fewer bytes `free`."""
+    memory, batch = estimate(setup_of(config, spec, architecture, size)), config.training.train_batch_size
+    lines = [describe(memory, batch, size) if config.run.dry_run else in_a_line(memory, batch, size)]
+    if free is not None and free < memory.peak:
+        lines.append(warning(config, spec, architecture, size, memory.peak, free))
+    return "\n".join(lines)
+
+
+def describe(memory: Memory, batch_size: int, size: Size) -> str:
+    """What takes how much, line by line."""
+    lines = [f"Memory needed for a batch of {batch_size} at {size}, besides what kernels take for themselves:"]
+    for name, taken in memory.parts.items():
+        lines.append(f"  {name:<12}{taken / GB:>8.2f} GB{'  (the largest)' if name == memory.largest else ''}")
+    lines.append(f"  {'at the most':<12}{memory.peak / GB:>8.2f} GB at one time: gradients come as activations go")
+    return "\n".join(lines)
+
+
+def in_a_line(memory: Memory, batch_size: int, size: Size) -> str:
+    largest = f"{memory.parts[memory.largest] / GB:.2f} GB of it for {memory.largest}"
+    return f"Training will need about {memory.peak / GB:.2f} GB for a batch of {batch_size} at {size}, {largest}."
+
+
+def warning(config: Config, spec: Spec, architecture: Path, size: Size, needed: int, free: int) -> str:
+    """That `needed` bytes are more than the GPU has, and what each option that saves memory would bring it to."""
+    words = f"The GPU has {free / GB:.2f} GB free, and training needs about {needed / GB:.2f} GB. "
+    ways = [(estimate(setup_of(changed, spec, architecture, size)).peak, name) for name, changed in savings(config)]
+    helpful = sorted(way for way in ways if way[0] < needed)
+    if not helpful:
+        return f"{words}No option lowers that: train a smaller model, or on a GPU with more memory."
+    lines = [f"  to {peak / GB:.2f} GB: {name}" for peak, name in helpful]
+    return "\n".join([f"{words}Each of these lowers that:", *lines])
+
+
+def savings(config: Config) -> Iterator[tuple[str, Config]]:
+    """Each option that saves memory and is not used yet, in words, with the config that it makes."""
+    training, optimizer = config.training, config.optimizer.optimizer
+    if not training.gradient_checkpointing:
+        changed = _changed(config, "training", gradient_checkpointing=True)
+        yield "USE_GRADIENT_CHECKPOINTING=true (--gradient_checkpointing)", changed
+    if training.train_batch_size > 1:
+        batches = training.train_batch_size * training.gradient_accumulation_steps
+        changed = _changed(config, "training", train_batch_size=1, gradient_accumulation_steps=batches)
+        accumulation = f"GRADIENT_ACCUMULATION_STEPS={batches} (--gradient_accumulation_steps)"
+        yield f"TRAIN_BATCH_SIZE=1 (--train_batch_size) with {accumulation}, which learn the same", changed
+    if not training.pure_bf16:
+        fitting = "adamw_bf16" if OPTIMIZERS[optimizer].lost_in_bf16 else optimizer
+        changed = _changed(config, "training", mixed_precision="bf16", pure_bf16=True)
+        precision = "PURE_BF16=true (--pure_bf16) with MIXED_PRECISION=bf16 (--mixed_precision)"
+        words = f"{precision} and OPTIMIZER={fitting} (--optimizer)"
+        yield words, _changed(changed, "optimizer", optimizer=fitting)
+    if config.training_kind == "full" and not training.use_bitfit:
+        yield f"MODEL_TYPE={config.lora_type} (--model_type)", _changed(config, "model", model_type=config.lora_type)
+
+
+def _changed(config: Config, group: str, **values: object) -> Config:
+    return config.model_copy(update={group: getattr(config, group).model_copy(update=values)})
+
+
+def free_on_gpu() -> int | None:
+    """Bytes that are free on the GPU that is trained on; None without one."""
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None

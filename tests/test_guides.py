@@ -1,0 +1,103 @@
+"""What the guides tell users to type: the options exist, take those values, and the code runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from helpers.config.docs import backends_schema
+from helpers.config.families import MODEL_TYPES
+from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS
+from helpers.config.paths import ROOT
+from helpers.models.bitfit import BitFit
+from helpers.models.facts import origin_of
+from helpers.models.families import SPECS
+from helpers.models.full import Full
+from helpers.models.lora import LoRA
+
+GUIDE = ROOT / "docs" / "deepfloyd.md"
+PAGES = [GUIDE, ROOT / "README.md"]
+EXPORTS = {export: row for row in (*ROWS.values(), *LAUNCH_ROWS.values()) for export in row.all_exports}
+
+
+def code(page, language: str = "") -> list[str]:
+    """The blocks of a page in one language; without one, everything that is set as code in its text."""
+    text = page.read_text(encoding="utf-8")
+    if language:
+        return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_that_a_page_names_exists(page):
+    spans = code(page) + code(page, "bash")
+    flags = {name for span in spans for name in re.findall(r"(?<!\S)--(\w+)", span)} - {"demo", "logdir"}
+    exports = {name for span in spans for name in re.findall(r"\b[A-Z]+(?:_[A-Z0-9]+)+\b|\b[A-Z]+(?==)", span)}
+    assert flags or exports
+    assert flags <= set(ROWS) and exports <= set(EXPORTS)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_value_that_a_page_gives_an_export_is_one_that_it_takes(page):
+    given = [pair for span in code(page) for pair in re.findall(r'\b([A-Z][A-Z0-9_]+)="?([^\s"]+)', span)]
+    assert given
+    for export, value in given:
+        row = EXPORTS[export]
+        if export not in row.switches:
+            GROUPS[row.group].model_validate({row.name: value})
+
+
+def test_the_guide_knows_every_flavour_and_model_type():
+    text = GUIDE.read_text(encoding="utf-8")
+    families = {family.key: family for family, _ in MODEL_TYPES.values()}.values()
+    flavours = [name for family in families for pair in family.flavours.items() for name in pair]
+    assert [name for name in (*MODEL_TYPES, *flavours) if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("env_file", ["examples/demo/sd2x-env.sh", "examples/demo/sd2x-env-base.sh"])
+def test_the_guide_tells_the_demos_own_rates(env_file):
+    exports = dict(re.findall(r"^export (\w+)=(\S+)$", (ROOT / env_file).read_text(encoding="utf-8"), re.MULTILINE))
+    rate, batch = exports["LEARNING_RATE"], exports["TRAIN_BATCH_SIZE"]
+    row = f"| {rate} | {batch} | {int(exports['MAX_NUM_STEPS']):,} | `{env_file}` |"
+    assert row in GUIDE.read_text(encoding="utf-8")
+
+
+def test_the_guides_dataset_has_keys_that_exist():
+    [block] = code(GUIDE, "json")
+    known = backends_schema()["items"]["else"]["properties"]
+    assert [key for entry in json.loads(block) for key in entry if key not in known] == []
+
+
+def test_the_guides_code_runs(tmp_path, monkeypatch, tiny_model, tiny_stage2):
+    """With the tiny models in place of the published ones, and untrained results where a training would write them."""
+    monkeypatch.chdir(tmp_path)
+    lora = LoRA(rank=4, alpha=4, dropout=0.0, targets="attention")
+    export(lora, "deepfloyd-i", tiny_model, "my-subject", trains_variance=False)
+    export(lora, "deepfloyd-ii", tiny_stage2, "my-subject-stage2")
+    export(Full(), "deepfloyd-i", tiny_model, "my-full")
+    export(BitFit(), "deepfloyd-i", tiny_model, "my-bitfit")
+    program = "\n".join(code(GUIDE, "py"))
+    for name, folder in (("IF-I-M-v1.0", tiny_model), ("IF-II-M-v1.0", tiny_stage2)):
+        program = program.replace(f"DeepFloyd/{name}", str(folder))
+    for height in ("height=64", "height=256"):
+        assert program.count(height) == 1
+        program = program.replace(height, f"{height}, num_inference_steps=1")
+    names: dict = {}
+    exec(program, names)
+    assert names["image"].size == (96, 64) and names["large"].size == (384, 256)
+    assert names["stage_1"].scheduler.config.variance_type == names["variance"] == "fixed_small"
+    assert names["stage_1"].get_active_adapters() == ["subject"] and names["stage_2"].get_active_adapters()
+
+
+def export(adapter, family: str, model, name: str, trains_variance: bool = True) -> None:
+    """Write the result of a training that changed nothing."""
+    adapter = replace(adapter, origin=origin_of(str(model), family, SPECS[family], model, trains_variance))
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    adapter.attach(unet, torch.float32)
+    adapter.export(unet, model, Path("output") / name)

@@ -1,0 +1,176 @@
+from contextlib import nullcontext
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
+
+from helpers.config.load import load
+from helpers.config.optimizers import OPTIMIZERS as FACTS
+from helpers.config.options import Config
+from helpers.models import loading
+from helpers.models.adapters import trainable_parameters
+from helpers.models.families import SPECS
+from helpers.models.full import Full
+from helpers.models.gradient_checkpointing import checkpoint_everything
+from helpers.models.lora import LoRA
+from helpers.sizes import Size
+from helpers.training import assembly, memory_report
+from helpers.training.memory import STATE_BYTES, UPDATE_BYTES, AsOnCuda, Ledger, Setup, estimate
+from helpers.training.optimizers import OPTIMIZERS, AdamSettings
+
+SPEC = SPECS["deepfloyd-i"]
+SIZE = Size(64, 64)
+
+
+def config_of(**flags: object) -> Config:
+    return load(["--model_type=deepfloyd-lora", *(f"--{name}={value}" for name, value in flags.items())]).config
+
+
+def bytes_of(tensors: object) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """The tensors that an optimizer keeps, also where it has another one inside."""
+    state = getattr(optimizer, "_inner", optimizer).state_dict()["state"]
+    return [one for one in tree_leaves(state) if isinstance(one, torch.Tensor)]
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return bytes_of({tensor.untyped_storage()._cdata: tensor for tensor in state_of(optimizer)}.values())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"mixed_precision": "no"},
+        {"mixed_precision": "no", "use_dora": True, "optimizer": "adafactor"},
+        {"mixed_precision": "bf16", "lora_targets": "attention+conv", "use_ema": True},
+        {"mixed_precision": "bf16", "pure_bf16": True, "gradient_checkpointing": True},
+        {"mixed_precision": "no", "model_type": "deepfloyd-full", "use_ema": True},
+        {"mixed_precision": "bf16", "model_type": "deepfloyd-full"},
+        {"mixed_precision": "bf16", "pure_bf16": True, "model_type": "deepfloyd-full"},
+        {"mixed_precision": "bf16", "model_type": "deepfloyd-full", "use_bitfit": True},
+    ],
+    ids=lambda flags: " ".join(f"{value}" for value in flags.values()),
+)
+def test_all_but_the_activations_is_exact_to_the_byte(tiny_model, flags):
+    config = config_of(**flags, train_batch_size=1)
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    accelerator = assembly.create_accelerator(config)
+    run = assembly.create_run(config, SPEC, tiny_model, assembly.adapter_of(config), accelerator, 1)
+    unet, width = run.parts.unet.train(), run.parts.unet.config.encoder_hid_dim
+    with accelerator.autocast():
+        output = run.unet(
+            torch.randn(1, 3, 64, 64).to(unet.dtype), torch.tensor([5]), torch.randn(1, 77, width).to(unet.dtype)
+        ).sample
+    accelerator.backward(output.float().square().mean())
+    gradients = bytes_of(parameter.grad for parameter in unet.parameters() if parameter.grad is not None)
+    run.optimizer.step()
+    memory = estimate(memory_report.setup_of(config, SPEC, tiny_model / "unet" / "config.json", SIZE))
+    assert memory.weights == bytes_of(unet.parameters())
+    assert memory.gradients == gradients
+    assert memory.optimizer == state_bytes(run.optimizer.optimizer)
+    assert memory.ema == (bytes_of(run.ema.state()["weights"]) if run.ema else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_what_an_optimizer_keeps_and_works_with_is_told_for_each(name, dtype):
+    facts = FACTS[name]
+    if facts.package and find_spec(facts.package) is None:
+        pytest.skip(f"{facts.package} is not installed")
+    if facts.lost_in_bf16 and dtype == torch.bfloat16:
+        pytest.skip("this pairing is refused")
+    shapes = [(3,), (4095,), (4096,), (4097,), (64, 64), (63, 65), (40, 30, 3, 3), (1 << 18,), (512, 512)]
+    parameters = [Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    optimizer = OPTIMIZERS[name](parameters, 1e-3, AdamSettings(0.9, 0.99, 1e-8, 0.01))
+    for _ in range(2):
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        gradients = [parameter.grad for parameter in parameters]
+        ledger = Ledger([*parameters, *gradients, *state_of(optimizer)])
+        with ledger:
+            optimizer.step()
+    assert STATE_BYTES[name](parameters) == state_bytes(optimizer)
+    working = UPDATE_BYTES[name](parameters)
+    if name != "ao_adamw8bit":  # whose step is compiled on a GPU, and not here
+        assert 0.8 * working <= ledger.most_activations <= working
+
+
+def test_every_optimizer_has_its_figures():
+    assert STATE_BYTES.keys() == UPDATE_BYTES.keys() == OPTIMIZERS.keys()
+
+
+def setup(model: Path, **values: object) -> Setup:
+    usual = Setup(
+        architecture=model / "unet" / "config.json",
+        adapter=LoRA(4, 4, 0.0, "attention"),
+        weights=torch.float32,
+        trained=torch.float32,
+        autocast=False,
+        optimizer="adamw",
+        ema=False,
+        checkpointing=False,
+        batch_size=2,
+        size=SIZE,
+        tokens=77,
+    )
+    return replace(usual, **values)
+
+
+def counted_on_the_cpu(unet: torch.nn.Module, setup: Setup) -> int:
+    """The most that really lives at one time during a forward and backward pass."""
+    setup.adapter.attach(unet.train(), setup.trained)
+    if setup.checkpointing:
+        checkpoint_everything(unet)
+    ledger = Ledger(unet.parameters())
+    for parameter in trainable_parameters(unet):
+        parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
+    with ledger:
+        x, t = torch.randn(2, 3, 64, 64).to(unet.dtype), torch.tensor([3, 700])
+        text = torch.randn(2, 77, 64).to(unet.dtype)
+        with torch.autocast("cpu", torch.bfloat16) if setup.autocast else nullcontext():
+            output = unet(x, t, text).sample
+        output.float().square().mean().backward()
+    return ledger.most_activations
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"adapter": Full()},
+        {"weights": torch.bfloat16, "trained": torch.bfloat16},
+        {"weights": torch.bfloat16, "autocast": True},
+        {"adapter": Full(), "autocast": True},
+    ],
+    ids=["lora fp32", "full fp32", "lora pure bf16", "lora mixed", "full mixed"],
+)
+def test_the_activations_are_those_of_real_tensors(tiny_model, monkeypatch, values, checkpointing):
+    monkeypatch.setattr(AsOnCuda, "IN_FLOAT32", set())  # the CPU's autocast leaves these as they are
+    wanted = setup(tiny_model, checkpointing=checkpointing, **values)
+    real = counted_on_the_cpu(loading.load(SPEC, tiny_model, wanted.weights).unet, wanted)
+    assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
+
+
+def test_what_saves_memory_saves_it_in_the_estimate(tiny_model):
+    plain = estimate(setup(tiny_model))
+    assert plain.largest == "activations"
+    assert plain.weights + plain.activations < plain.peak <= sum(plain.parts.values())
+    assert estimate(setup(tiny_model, checkpointing=True)).activations < 0.4 * plain.activations
+    assert estimate(setup(tiny_model, batch_size=4)).activations == pytest.approx(2 * plain.activations, rel=0.05)
+    assert estimate(setup(tiny_model, size=Size(96, 64))).activations > 1.4 * plain.activations
+    accumulating = estimate(setup(tiny_model, accumulates=True))
+    assert accumulating.peak == sum(accumulating.parts.values())
+    mixed = {"weights": torch.bfloat16, "autocast": True}
+    pure = {"weights": torch.bfloat16, "trained": torch.bfloat16}
+    assert 0.45 * plain.activations < estimate(setup(tiny_model, **pure)).activations < 0.55 * plain.activations
+    assert 0.55 * plain.activations < estimate(setup(tiny_model, **mixed)).activations < plain.activations

@@ -1,0 +1,93 @@
+import pytest
+
+from helpers.config.load import load
+from helpers.models.families import SPECS
+from helpers.sizes import Size
+from helpers.training import memory_report
+from helpers.training.memory import Memory, estimate
+
+SPEC = SPECS["deepfloyd-i"]
+SIZE = Size(64, 64)
+FLAGS = {"model_type": "deepfloyd-full", "mixed_precision": "bf16", "train_batch_size": 4}
+
+
+def config_of(**flags: object):
+    return load([f"--{name}={value}" for name, value in {**FLAGS, **flags}.items()]).config
+
+
+def test_all_parts_are_named_and_the_largest_is_marked():
+    memory = Memory(int(1.5e9), int(2e7), int(4e7), 0, int(3e9), int(4.5e9))
+    lines = memory_report.describe(memory, 4, Size(96, 64)).splitlines()
+    assert "batch of 4" in lines[0] and "96x64" in lines[0]
+    assert [line.split()[:3] for line in lines[1:6]] == [
+        ["weights", "1.50", "GB"],
+        ["gradients", "0.02", "GB"],
+        ["optimizer", "0.04", "GB"],
+        ["EMA", "0.00", "GB"],
+        ["activations", "3.00", "GB"],
+    ]
+    assert [line for line in lines if "largest" in line] == [lines[5]]
+    assert "4.50 GB at one time" in lines[6]
+    line = memory_report.in_a_line(memory, 4, Size(96, 64))
+    assert "4.50 GB" in line and "3.00 GB" in line and "activations" in line and "\n" not in line
+
+
+def test_a_gpu_that_is_too_small_is_told_with_what_each_option_would_bring(tiny_model):
+    architecture = tiny_model / "unet" / "config.json"
+    config = config_of(optimizer="adamw")
+    needed = estimate(memory_report.setup_of(config, SPEC, architecture, SIZE)).peak
+    assert "GPU" not in memory_report.report(config, SPEC, architecture, SIZE, needed)
+    assert "GPU" not in memory_report.report(config, SPEC, architecture, SIZE, None)
+    lines = memory_report.report(config, SPEC, architecture, SIZE, needed - 1).splitlines()[1:]
+    assert "free" in lines[0]
+    for option in ("USE_GRADIENT_CHECKPOINTING=true", "TRAIN_BATCH_SIZE=1", "GRADIENT_ACCUMULATION_STEPS=4",
+                   "PURE_BF16=true", "OPTIMIZER=adamw_bf16", "MODEL_TYPE=deepfloyd-lora"):  # fmt: skip
+        assert any(option in line for line in lines[1:]), option
+    brought = [float(line.split()[1]) for line in lines[1:]]
+    assert brought == sorted(brought) and len(brought) == 4
+
+
+def test_what_is_used_already_is_not_proposed_again():
+    flags = {"gradient_checkpointing": True, "train_batch_size": 1, "pure_bf16": True, "model_type": "deepfloyd-lora"}
+    assert list(memory_report.savings(config_of(**flags))) == []
+    [(words, changed)] = memory_report.savings(config_of(**{**flags, "pure_bf16": False, "optimizer": "lion"}))
+    assert "OPTIMIZER=lion" in words and changed.training.pure_bf16
+
+
+def test_what_is_proposed_are_configs_that_the_front_door_takes():
+    for _, changed in memory_report.savings(config_of()):
+        training = changed.training
+        flags = {name: getattr(training, name) for name in ("train_batch_size", "pure_bf16", "mixed_precision")}
+        assert config_of(**flags, model_type=changed.model.model_type, optimizer=changed.optimizer.optimizer)
+
+
+def test_a_dry_run_tells_the_memory_of_a_local_model(trainer, capsys):
+    assert trainer(dry_run=True) == 0
+    said = capsys.readouterr().out
+    assert "a batch of 2 at 64x64" in said and "activations" in said and "the largest" in said
+
+
+@pytest.mark.parametrize(
+    "flags, gigabytes",
+    [({"pretrained_model_name_or_path": "DeepFloyd/IF-I-M-v1.0"}, 0.75), ({"model_flavour": "i-xlarge-4.3b"}, 8.65)],
+)
+def test_a_dry_run_tells_the_memory_of_a_published_model_without_a_download(trainer, capsys, flags, gigabytes):
+    flags = {"pretrained_model_name_or_path": None, **flags, "mixed_precision": "bf16", "pure_bf16": True}
+    assert trainer(dry_run=True, lora_rank=32, **flags) == 0
+    [weights] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  weights")]
+    assert float(weights.split()[1]) == gigabytes
+
+
+def test_a_dry_run_says_where_it_cannot_tell(trainer, capsys):
+    assert trainer(dry_run=True, pretrained_model_name_or_path="someone/their-if") == 0
+    assert "memory needed is not known" in capsys.readouterr().out
+
+
+def test_a_real_run_tells_it_in_a_line_where_there_is_a_gpu_to_hold_it_against(trainer, tmp_path, monkeypatch, capsys):
+    assert trainer(max_train_steps=1) == 0
+    assert "Training will need" not in capsys.readouterr().out
+    monkeypatch.setattr(memory_report, "free_on_gpu", lambda: 1000)
+    assert trainer(max_train_steps=1, output_dir=tmp_path / "again", gradient_checkpointing=True) == 0
+    said = capsys.readouterr().out
+    assert "Training will need about 0.0" in said and "The GPU has 0.00 GB free" in said
+    assert "TRAIN_BATCH_SIZE=1" in said and "USE_GRADIENT" not in said
