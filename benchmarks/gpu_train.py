@@ -3,8 +3,8 @@
 
     python -m benchmarks.gpu_train [--only NAME ...] [--steps 30] [--batch N] [--full_size] [--output FILE]
 
-Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs. `--only` takes beginnings of
-the cases' names, such as "I-M lora b4"; what was measured before on the same machine and commit stays in the file.
+Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs. `--only` takes names of cases,
+such as "I-M lora b4" or "I-M*"; what was measured before on the same machine and commit stays in the file.
 Without a GPU the architectures are shrunk, for trying the script anywhere; `--full_size` takes them as they are.
 Beside each peak stands what `--dry_run` estimates for it. The documents' figure for the first case is 22-24 GB.
 """
@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -200,21 +201,22 @@ def measured_before(path: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Measure memory and speed of training with random weights.")
-    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of the names of the cases to measure")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="the cases to measure; * is anything")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, help="in place of the cases' own")
     parser.add_argument("--full_size", action="store_true", default=torch.cuda.is_available())
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_train.json")
     options = parser.parse_args(arguments)
+    chosen = [case for case in CASES if any(fnmatchcase(case.name, pattern) for pattern in options.only)]
+    if not chosen:
+        parser.error(f"--only: no such case; there are {', '.join(case.name for case in CASES)}")
     rows = measured_before(options.output)
-    for case in CASES:
-        if case.name.startswith(tuple(options.only)):
-            batch = options.batch or case.batch
-            row = measure(case, options.steps, batch, options.full_size, options.backend)
-            rows[case.name] = {**row, "shrunk": not options.full_size, "steps": options.steps}
-            print(case.name, json.dumps(rows[case.name]), flush=True)
-            result = keep_result(options.output, {"rank": RANK, "precision": "pure bf16", "cases": rows})
+    for case in chosen:
+        row = measure(case, options.steps, options.batch or case.batch, options.full_size, options.backend)
+        rows[case.name] = {**row, "shrunk": not options.full_size, "steps": options.steps}
+        print(case.name, json.dumps(rows[case.name]), flush=True)
+        result = keep_result(options.output, {"rank": RANK, "precision": "pure bf16", "cases": rows})
     return result
 
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from benchmarks import gpu_train, step_overhead
 
 
@@ -14,9 +16,22 @@ def test_step_overhead_compares_both_loops(tmp_path):
     assert result["machine"].keys() >= {"device", "torch", "commit"}
 
 
-def test_gpu_train_reports_memory_and_speed(tmp_path):
+def test_gpu_train_reports_memory_and_speed_of_each_case(tmp_path):
     output = tmp_path / "result.json"
-    result = gpu_train.main(["--steps=2", f"--output={output}"])
+    gpu_train.main(["--steps=1", f"--output={output}", "--only", "I-M lora b4"])
+    result = gpu_train.main(["--steps=1", f"--output={output}", "--only", "II-M full b4 checkpoint*ed"])
     assert json.loads(output.read_text()) == result
-    assert 0 < result["peak_gb"] < 100 and result["samples_a_second"] > 0
-    assert 0 < result["trained_parameters"] < result["parameters"]
+    assert result["cases"].keys() == {"I-M lora b4", "II-M full b4 checkpointed"}, "what was measured before is kept"
+    for row in result["cases"].values():
+        assert 0 < row["estimated_gb"] < row["peak_gb"] < 100 and row["samples_a_second"] > 0
+        assert row["batch"] == 4 and row["shrunk"]
+    lora, full = result["cases"].values()
+    assert lora["trained_parameters"] < lora["parameters"] and full["trained_parameters"] == full["parameters"]
+
+
+def test_gpu_train_has_the_cases_that_the_memory_table_is_about():
+    names = [case.name for case in gpu_train.CASES]
+    assert len(names) == len(set(names))
+    assert {"I-M lora b4", "I-M full b4", "I-XL lora b4", "II-M lora b4 checkpointed", "I-M lora b64 compiled"} <= set(names)
+    with pytest.raises(SystemExit):
+        gpu_train.main(["--only", "I-S*"])
