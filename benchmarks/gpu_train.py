@@ -3,8 +3,8 @@
 
     python -m benchmarks.gpu_train [--only NAME ...] [--steps 30] [--batch N] [--full_size] [--output FILE]
 
-Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs. `--only` takes names of cases,
-such as "I-M lora b4" or "I-M*"; what was measured before on the same machine and commit stays in the file.
+Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs. `--only` takes names of
+cases, such as "I-M lora b4" or "I-M*"; what was measured before on the same machine and commit stays in the file.
 Without a GPU the architectures are shrunk, for trying the script anywhere; `--full_size` takes them as they are.
 Beside each peak stands what `--dry_run` estimates for it. The documents' figure for the first case is 22-24 GB.
 """

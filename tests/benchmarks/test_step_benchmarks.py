@@ -19,7 +19,7 @@ def test_step_overhead_compares_both_loops(tmp_path):
 def test_gpu_train_reports_memory_and_speed_of_each_case(tmp_path):
     output = tmp_path / "result.json"
     gpu_train.main(["--steps=1", f"--output={output}", "--only", "I-M lora b4"])
-    result = gpu_train.main(["--steps=1", f"--output={output}", "--only", "II-M full b4 checkpoint*ed"])
+    result = gpu_train.main(["--steps=1", f"--output={output}", "--only", "II-M full b4 checkpointed"])
     assert json.loads(output.read_text()) == result
     assert result["cases"].keys() == {"I-M lora b4", "II-M full b4 checkpointed"}, "what was measured before is kept"
     for row in result["cases"].values():
@@ -29,9 +29,10 @@ def test_gpu_train_reports_memory_and_speed_of_each_case(tmp_path):
     assert lora["trained_parameters"] < lora["parameters"] and full["trained_parameters"] == full["parameters"]
 
 
-def test_gpu_train_has_the_cases_that_the_memory_table_is_about():
+def test_gpu_train_has_the_cases_that_users_ask_about():
     names = [case.name for case in gpu_train.CASES]
     assert len(names) == len(set(names))
-    assert {"I-M lora b4", "I-M full b4", "I-XL lora b4", "II-M lora b4 checkpointed", "I-M lora b64 compiled"} <= set(names)
+    for name in ("I-M lora b4", "I-M full b4", "I-XL lora b4", "II-M lora b4 checkpointed", "I-M lora b64 compiled"):
+        assert name in names
     with pytest.raises(SystemExit):
         gpu_train.main(["--only", "I-S*"])
