@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"\n{error}", file=sys.stderr)
         return BROKE_DOWN
     except KeyboardInterrupt:
-        print("\nInterrupted before the first step. What is cached stays; the same command goes on.", file=sys.stderr)
+        print("\nInterrupted. What is cached and saved stays; the same command goes on.", file=sys.stderr)
         return 128 + signal.SIGINT
 
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -84,26 +85,23 @@ def train(resolved: Resolved, backends: Backends) -> int:
     spec = SPECS[config.family.key]
     job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config), _prompts(config))
     _require_writable(job)
+    configs = _check_model(job)
     datasets, prepared = _plan_data(job)
     data = {dataset.id: dataset.digest() for dataset in datasets}
     checkpoint = _checkpoint(job, data)
     name, revision, variant = config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant
-    if config.run.dry_run and not Path(name).is_dir():
-        _tell_memory(job, published.architecture(name), datasets)
-        print(f"Dry run: nothing was downloaded or trained. The weights of {name} on the hub were not looked at.")
-        return 0
-    configs = loading.fetch_configs(name, revision)
-    loading.check(config.family, spec, configs)
-    _tell_memory(job, configs / "unet" / "config.json", datasets)
+    _tell_memory(job, configs / "unet" / "config.json" if configs else published.architecture(name), datasets)
     if config.run.dry_run:
-        loading.check_weight_files(Path(name), variant)
-        print("Dry run: nothing was trained. The options, the data and the weights fit together.")
+        looked_at = "The options, the data and the weights fit together." if configs else (
+            f"The weights of {name} on the hub were not looked at."
+        )
+        print(f"Dry run: nothing was downloaded or trained. {looked_at}")
         return 0
+    datasets, pixels = _cache_pixels(job, datasets)
     model = loading.fetch_weights(name, revision, variant)
     loading.check_weight_files(model, variant)
     origin = origin_of(name, config.family.key, spec, model, config.loss.train_variance)
     job = replace(job, adapter=replace(job.adapter, origin=origin))
-    datasets, pixels = _cache_pixels(job, datasets)
     sampler = _sampler(config, datasets)
     _open_output(job, datasets)
     accelerator = assembly.create_accelerator(config)
@@ -133,6 +131,23 @@ def _require_writable(job: Job) -> None:
             problems.append(f"{option}: {folder} cannot be written to ({error.strerror}): name another folder")
     if problems:
         raise ConfigError(problems)
+
+
+def _check_model(job: Job) -> Path | None:
+    """See that the weights are of the right family, by their small files: before images are read, which takes long.
+
+    Returns:
+        the folder with these files; None in a dry run of a model on the hub, which downloads nothing.
+    """
+    options = job.config.model
+    name, is_local = options.pretrained_model_name_or_path, Path(options.pretrained_model_name_or_path).is_dir()
+    if job.config.run.dry_run and not is_local:
+        return None
+    configs = loading.fetch_configs(name, options.revision)
+    loading.check(job.config.family, job.spec, configs)
+    if is_local:
+        loading.check_weight_files(configs, options.variant)
+    return configs
 
 
 def _quieten_libraries() -> None:
@@ -234,7 +249,8 @@ def _cache_pixels(job: Job, datasets: Sequence[Dataset]) -> tuple[list[Dataset],
     for before, after in zip(datasets, kept):
         if len(after.records) < len(before.records):
             lost = len(before.records) - len(after.records)
-            print(f"dataset {after.id!r}: {lost} images could not be decoded and are left out: see left_out.json")
+            images = "1 image" if lost == 1 else f"{lost} images"
+            print(f"dataset {after.id!r}: {images} could not be decoded, left out: see left_out.json")
     return kept, [pixels for _, pixels in cached]
 
 
@@ -327,30 +343,35 @@ def _train_and_export(
         # The baseline; and the last one, where a run was stopped between its last checkpoint and its last pictures.
         if run.step == 0 or (run.finished and not validation.is_done(run.step)):
             validation(run)
-    _stop_on_signals(run)
-    try:
-        loop.train(run, batches, periodic)
-    finally:
-        run.accelerator.end_training()  # however it ends: an open tracker loses what it has not written yet
+    with _stopping_on_signals(run):
+        try:
+            loop.train(run, batches, periodic)
+        finally:
+            run.accelerator.end_training()  # however it ends: an open tracker loses what it has not written yet
+        if not run.finished and not (output / f"checkpoint-{run.step}").exists():
+            save(run)
     if run.finished:
         _finish(run, job, model, validation)
         return 0
-    if not (output / f"checkpoint-{run.step}").exists():
-        save(run)
     print(f"\nSaved at step {run.step}. To go on:\n  {_resume_command(output)}", file=sys.stderr)
     return 128 + run.stop_signal
 
 
-def _stop_on_signals(run: Run) -> None:
-    """The first SIGINT or SIGTERM ends the run after its step, saved; the second one ends it at once."""
+@contextmanager
+def _stopping_on_signals(run: Run) -> Iterator[None]:
+    """Within it the first SIGINT or SIGTERM ends the run after its step, saved; the second one ends it at once."""
 
     def stop(number: int, frame: object) -> None:
         run.stop_signal = number
         signal.signal(number, signal.SIG_DFL)
         tqdm.write("Interrupted: saving after this step. Once more ends it at once, unsaved.", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _resume_command(output: Path) -> str:

@@ -149,7 +149,7 @@ def test_the_documented_env_file_trains(tmp_path, tiny_model, dataloader_for_tra
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
     for step in (0, 2):
-        images = [path.name for path in (tmp_path / "out" / "validation_images" / f"step_{step}").glob("*64.png")]
+        images = [path.name for path in (tmp_path / "out" / "validation_images" / f"step_{step}").glob("*_*.png")]
         assert images == ["an_ethnographic_photograph_of_a_teddy_bear_at_a_picnic_96x64.png"]
     assert "SDPA" in result.stdout, "USE_XFORMERS=true is answered where xformers is not usable"
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import IFPipeline
+from diffusers.utils import logging
 from PIL import Image, ImageFilter
 
 from examples.demo.draw import CAPTIONS, COLOURS, KNOWN, OUTLINES, SUBJECT, Thing, mask
@@ -135,6 +136,8 @@ def generate(
 
 def load_pipeline(model: Path, lora: Path | None) -> IFPipeline:
     """The pipeline in a folder, with an adapter if one is given."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     pipeline = IFPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:

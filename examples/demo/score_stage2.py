@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import IFSuperResolutionPipeline
+from diffusers.utils import logging
 from PIL import Image
 
 from examples.demo.draw import CAPTIONS, draw, things
@@ -66,6 +67,8 @@ def gain(pipeline: IFSuperResolutionPipeline, options: argparse.Namespace) -> tu
 
 def load_pipeline(model: Path, lora: Path | None = None) -> IFSuperResolutionPipeline:
     """The pipeline in a folder, with an adapter if one is given."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     pipeline = IFSuperResolutionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:

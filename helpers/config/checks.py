@@ -111,7 +111,13 @@ def _validation_sizes(config: Config) -> Iterator[Problem]:
     largest = math.floor(edge * family.largest_factor)
     for size in config.validation.validation_resolution:
         uneven = [edge for edge in size if edge % family.alignment]
-        if uneven:
+        if max(size) > largest and not resolution_problem(data.resolution, data.resolution_type, config):
+            yield Problem(
+                ("validation_resolution", "resolution", "resolution_type", "model_type"),
+                f"found {size}, which is more than {family.largest_factor} times the trained resolution "
+                f"({data.resolution:g}): type edges of at most {largest} pixels",
+            )
+        elif uneven:
             yield Problem(
                 ("validation_resolution", "model_type"),
                 f"found {size}, edges of {family.name} need to be multiples of {family.alignment} pixels: "
@@ -122,12 +128,6 @@ def _validation_sizes(config: Config) -> Iterator[Problem]:
                 ("validation_resolution", "model_type"),
                 f"found {size}, {family.name} makes images of {smallest} pixels and more, of which its low-resolution "
                 f"input has a quarter: type edges of at least {smallest}",
-            )
-        if max(size) > largest and not resolution_problem(data.resolution, data.resolution_type, config):
-            yield Problem(
-                ("validation_resolution", "resolution", "resolution_type", "model_type"),
-                f"found {size}, which is more than {family.largest_factor} times the trained resolution "
-                f"({data.resolution:g}): type edges of at most {largest} pixels",
             )
 
 

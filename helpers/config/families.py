@@ -86,6 +86,10 @@ MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
 })
 """The names that MODEL_TYPE may have: what is trained (a family's row), and how ("lora" or "full")."""
 
+FLAVOURS: tuple[str, ...] = tuple(
+    dict.fromkeys(flavour for family, _ in MODEL_TYPES.values() for flavour in family.flavours)
+)
+
 TRAINING_KINDS = ("lora", "full")
 
 # IF keeps its text keys and values in add_k_proj and add_v_proj: without them a caption can hardly be learned.

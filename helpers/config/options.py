@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from helpers.config.families import MODEL_TYPES, Family
+from helpers.config.families import FLAVOURS, MODEL_TYPES, Family
 from helpers.config.paths import from_root
 from helpers.sizes import Size, parse_sizes
 
@@ -136,8 +136,7 @@ class ModelOptions(Group):
     model_family: str | None = option(
         help="The family of models (deepfloyd), the other way to say the model type.", default_words="by model_type")
     model_flavour: str | None = option(
-        help="Which of the family's models: i-medium-400m, i-large-900m or i-xlarge-4.3b.",
-        default_words="i-medium-400m")
+        help=f"Which of the family's models: {', '.join(FLAVOURS)}.", default_words="i-medium-400m or ii-medium-450m")
     pretrained_model_name_or_path: str | None = option(
         export="MODEL_NAME", help="The weights: a hub id, or a local folder in the diffusers layout.",
         default_words="the flavour's hub id")
@@ -185,7 +184,7 @@ class TrainingOptions(Group):
         help="Stop after so many epochs; 0: by steps only. With both, whichever comes first.")
     max_grad_norm: Real = option(1.0, ge=0, help="Gradients are clipped to this norm; 0: never.")
     gradient_checkpointing: Switch = option(
-        False, export="USE_GRADIENT_CHECKPOINTING", help="Compute activations twice to save memory.")
+        False, export="USE_GRADIENT_CHECKPOINTING", help="Compute activations twice: a third slower, a fifth of their memory.")
     mixed_precision: Literal["no", "bf16"] = option(
         "bf16", help="Precision of the computation.",
         refused={"fp16": "DeepFloyd's text encoder and UNet overflow in fp16: type bf16"})

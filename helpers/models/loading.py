@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from helpers.config.families import Family
+from helpers.config.options import ROWS
 from helpers.diffusion.noising import Schedule, schedule_from_betas
 from helpers.models.parts import LossSettings, Parts, put_together
 from helpers.models.spec import Spec
@@ -25,7 +26,7 @@ from helpers.models.spec import Spec
 COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer")
 CONFIGS = ["model_index.json", "unet/*.json", "scheduler/*.json", "text_encoder/*.json", "tokenizer/*"]
 SMALLEST_WEIGHTS = 1024  # bytes; any real file of weights is larger, and git LFS's placeholders are smaller
-OPTION = "MODEL_NAME (--pretrained_model_name_or_path)"
+OPTION = ROWS["pretrained_model_name_or_path"].label
 
 
 class WeightsError(Exception):
@@ -65,7 +66,7 @@ def _fetch(name: str, revision: str | None, allow: list[str], ignore: list[str] 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=allow, ignore_patterns=ignore))
     except RevisionNotFoundError as error:
-        raise WeightsError(f"MODEL_REVISION (--revision): {name} on the hub has no revision {revision!r}.") from error
+        raise WeightsError(f"{ROWS['revision'].label}: {name} on the hub has no revision {revision!r}.") from error
     except HFValidationError as error:
         raise WeightsError(f"{OPTION}: {name!r} is neither a folder here nor a name that the hub allows.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -74,15 +75,15 @@ def _fetch(name: str, revision: str | None, allow: list[str], ignore: list[str] 
 
 def unreachable(name: str, error: Exception) -> str:
     """What to tell a user whose model cannot be had from the hub."""
-    reason = "cannot be reached"
+    login = f"accept the licence at https://huggingface.co/{name} while logged in, then run `hf auth login` here once"
     if isinstance(error, GatedRepoError):
-        reason = "asks for its licence to be accepted"
+        reason = f"asks for its licence to be accepted: {login}."
     elif isinstance(error, RepositoryNotFoundError):
-        reason = "does not exist, or not for you"
+        reason = f"does not exist, or not for you: check its spelling; if it is private or gated, {login}."
+    else:
+        reason = f"cannot be reached: check the network; if it is gated, {login}."
     return (
-        f"{OPTION}: {name!r} is not a folder here, and on the Hugging Face hub it {reason}"
-        f" ({type(error).__name__}). Accept the licence at https://huggingface.co/{name} while logged in, then run"
-        " `hf auth login` here once. Or download the model elsewhere and name its folder instead:"
+        f"{OPTION}: {name!r} is not a folder here, and on the Hugging Face hub it {reason} Or download the model elsewhere and name its folder instead:"
         f' export MODEL_NAME="/path/to/{name.rsplit("/")[-1]}".'
     )
 

@@ -90,11 +90,13 @@ def create_accelerator(config: Config) -> Accelerator:
 
 
 def start_tracker(accelerator: Accelerator, config: Config, options: Mapping[str, Any]) -> None:
-    """Open the tracker; the options go with it as plain values."""
-    values = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in options.items()}
+    """Open the tracker; the options go with it as plain values, where it shows them."""
     project, name = config.run.tracker_project_name, config.run.tracker_run_name
-    if config.run.report_to == "tensorboard" and name:
-        project = f"{project}/{name}"  # TensorBoard knows runs by their folders
+    if config.run.report_to == "tensorboard":
+        # TensorBoard knows runs by their folders, and would make a second one of the options, which run.json has.
+        accelerator.init_trackers(f"{project}/{name}" if name else project)
+        return
+    values = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in options.items()}
     accelerator.init_trackers(project, values, {"wandb": {"name": name or config.run.output_dir.name}})
 
 

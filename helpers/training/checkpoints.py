@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from helpers.config.options import ROWS
 from helpers.files import flush
 from helpers.models.adapters import Adapter
 
@@ -88,14 +89,14 @@ def choose(output: Path, wanted: str) -> Path | None:
     if wanted == "none":
         if checkpoints:
             raise CheckpointError(
-                f"RESUME_CHECKPOINT (--resume_from_checkpoint) is none, but OUTPUT_DIR {output} holds"
+                f"{ROWS['resume_from_checkpoint'].label}: found none, but OUTPUT_DIR {output} holds"
                 f" {checkpoints[-1].name}. Type latest to go on from there, or name another OUTPUT_DIR."
             )
         return None
     if output / wanted not in checkpoints:
         names = ", ".join(path.name for path in checkpoints) or "none"
         raise CheckpointError(
-            f"RESUME_CHECKPOINT (--resume_from_checkpoint): {output} has no {wanted!r}. It has: {names}."
+            f"{ROWS['resume_from_checkpoint'].label}: {output} has no {wanted!r}. It has: {names}."
         )
     return output / wanted
 
@@ -126,7 +127,7 @@ def require_same(folder: Path, identity: Mapping[str, Any], data: Mapping[str, s
     saved = _unpack(_read(folder), None)
     settings, datasets = saved.get("identity", {}), saved.get("data", {})
     differing = [
-        f"--{option} was {settings.get(option)!r} and is now {value!r}"
+        f"{ROWS[option].label} was {settings.get(option)!r} and is now {value!r}"
         for option, value in identity.items()
         if settings.get(option) != value
     ]
@@ -153,7 +154,7 @@ def _read(folder: Path) -> Any:
 
 def _unusable(folder: Path, reason: str) -> str:
     return (
-        f"OUTPUT_DIR (--output_dir) holds {folder}, which this trainer did not make or which is damaged ({reason})."
+        f"{ROWS['output_dir'].label}: found {folder}, which this trainer did not make or which is damaged ({reason})."
         " Name another OUTPUT_DIR, or move that folder away."
     )
 

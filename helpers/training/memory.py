@@ -103,12 +103,12 @@ def estimate(setup: Setup) -> Memory:
     optimizer = STATE_BYTES[setup.optimizer](trained)
     ema = sum(4 * parameter.numel() for parameter in trained) if setup.ema else 0
     ledger = _pass(unet, setup)
-    moments = [
+    phases = [
         gradients + ledger.most_activations if setup.accumulates else ledger.most,
         gradients + UPDATE_BYTES[setup.optimizer](trained),
         ema,  # of which the update makes a copy, when the gradients are gone
     ]
-    peak = weights + optimizer + ema + max(moments)
+    peak = weights + optimizer + ema + max(phases)
     return Memory(weights, gradients, optimizer, ema, ledger.most_activations, peak)
 
 
@@ -150,7 +150,8 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self._known = list(known)  # kept alive, so that nothing else gets their addresses
+        self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in self._known}
         self._activations = self._gradients = 0
         self.most_activations = self.most = 0
 
@@ -281,7 +282,7 @@ UPDATE_BYTES: Mapping[str, Callable[[Sequence[Parameter]], int]] = {
     "adamw_bf16": _in_chunks(32, 20),
     "adamw8bit": _in_chunks(20, 0),
     "ao_adamw8bit": _one_by_one(8),  # as float32 both moments; what the compiler makes of its step differs
-    "adafactor": lambda parameters: max(_in_chunks(17, 0)(parameters), _one_by_one(9)(parameters)),
+    "adafactor": lambda parameters: max(_in_chunks(20, 0)(parameters), _one_by_one(12)(parameters)),
     "lion": _in_chunks(20, 0),
     "prodigy": _one_by_one(9),
 }

@@ -101,7 +101,7 @@ def test_what_an_optimizer_keeps_and_works_with_is_told_for_each(name, dtype):
     assert STATE_BYTES[name](parameters) == state_bytes(optimizer)
     working = UPDATE_BYTES[name](parameters)
     if name != "ao_adamw8bit":  # whose step is compiled on a GPU, and not here
-        assert 0.8 * working <= ledger.most_activations <= working
+        assert 0.8 * working <= ledger.most_activations <= 1.01 * working
 
 
 def test_every_optimizer_has_its_figures():
@@ -134,7 +134,7 @@ def counted_on_the_cpu(unet: torch.nn.Module, setup: Setup) -> int:
     for parameter in trainable_parameters(unet):
         parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
     with ledger:
-        x, t = torch.randn(2, 3, 64, 64).to(unet.dtype), torch.tensor([3, 700])
+        x, t = torch.randn(2, 3, setup.size.height, setup.size.width).to(unet.dtype), torch.tensor([3, 700])
         text = torch.randn(2, 77, 64).to(unet.dtype)
         with torch.autocast("cpu", torch.bfloat16) if setup.autocast else nullcontext():
             output = unet(x, t, text).sample
@@ -151,8 +151,9 @@ def counted_on_the_cpu(unet: torch.nn.Module, setup: Setup) -> int:
         {"weights": torch.bfloat16, "trained": torch.bfloat16},
         {"weights": torch.bfloat16, "autocast": True},
         {"adapter": Full(), "autocast": True},
+        {"adapter": Full(), "autocast": True, "size": Size(16, 16)},  # where autocast's copies of weights weigh most
     ],
-    ids=["lora fp32", "full fp32", "lora pure bf16", "lora mixed", "full mixed"],
+    ids=["lora fp32", "full fp32", "lora pure bf16", "lora mixed", "full mixed", "small full mixed"],
 )
 def test_the_activations_are_those_of_real_tensors(tiny_model, monkeypatch, values, checkpointing):
     monkeypatch.setattr(AsOnCuda, "IN_FLOAT32", set())  # the CPU's autocast leaves these as they are
