@@ -72,4 +72,4 @@ def test_biases_of_another_model_are_refused(unet_in, origin, tmp_path):
 def test_a_checkpoint_of_full_tuning_is_not_gone_on_with(trainer, capsys):
     assert trainer(**{**BITFIT, "use_bitfit": False}, max_train_steps=1) == 0
     assert trainer(**BITFIT, max_train_steps=2) == 2
-    assert "--use_bitfit was False and is now True" in capsys.readouterr().err
+    assert 'key "use_bitfit") was False and is now True' in capsys.readouterr().err

@@ -154,4 +154,4 @@ def test_dora_trains_resumes_bit_for_bit_and_loads_in_diffusers(small_run, tmp_p
 def test_a_checkpoint_of_another_kind_is_not_gone_on_with(trainer, tmp_path, capsys, option):
     assert trainer(max_train_steps=1) == 0
     assert trainer(max_train_steps=2, **{option: True}) == 2
-    assert f"--{option} was False and is now True" in capsys.readouterr().err
+    assert f'key "{option}") was False and is now True' in capsys.readouterr().err
