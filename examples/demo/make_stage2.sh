@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the demo's stage II again from nothing, as make_base.sh makes its stage I. About half an hour on one core;
+# Make the demo's stage II again from nothing, as make_base.sh makes its stage I. An hour on one core;
 # interrupted, the same command goes on.
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
