@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the demo's stage I again from nothing: draw its pictures, make an untrained cascade, train all of it, and put the
-# result where the demo looks for it. About an hour on one core; interrupted, the same command goes on.
+# result where the demo looks for it. About half an hour on one core; interrupted, the same command goes on.
 set -e
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . helpers/environment.sh

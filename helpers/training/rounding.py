@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 CHUNK = 1 << 22
-"""Elements that are updated at a time, which bounds the float32 copies (about 20 bytes an element) of large models."""
+"""Elements that are updated at a time, which bounds the float32 copies (20 to 32 bytes an element) of large models."""
 
 
 class InFloat32(torch.optim.Optimizer):
