@@ -377,7 +377,8 @@ def _stopping_on_signals(run: Run) -> Iterator[None]:
 def _resume_command(output: Path) -> str:
     """What was typed, with the output folder as it is now: an env file may compute it anew each time."""
     typed = os.environ.get(COMMAND_MARK) or f"{shlex.quote(sys.executable)} {shlex.join(sys.argv)}"
-    return f"{typed} --output_dir={shlex.quote(str(output))} --resume_from_checkpoint=latest"
+    to_go_on = f" --output_dir={shlex.quote(str(output))} --resume_from_checkpoint=latest"
+    return typed.removesuffix(to_go_on) + to_go_on  # it ends so already where the run was resumed before
 
 
 def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> None:

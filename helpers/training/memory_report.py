@@ -14,7 +14,12 @@ from helpers.sizes import Size
 from helpers.training import assembly
 from helpers.training.memory import Memory, Setup, estimate
 
-GB = 1e9
+GB, MB = 1e9, 1e6
+
+
+def shown(count: int) -> str:
+    """So many bytes in words: of a tiny model, 0.00 GB says nothing."""
+    return f"{count / GB:.2f} GB" if count >= GB / 10 else f"{count / MB:.1f} MB"
 
 
 def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setup:
@@ -50,24 +55,24 @@ def describe(memory: Memory, batch_size: int, size: Size) -> str:
     """What takes how much, line by line."""
     lines = [f"Memory needed for a batch of {batch_size} at {size}, besides what kernels take for themselves:"]
     for name, taken in memory.parts.items():
-        lines.append(f"  {name:<12}{taken / GB:>8.2f} GB{'  (the largest)' if name == memory.largest else ''}")
-    lines.append(f"  {'at the most':<12}{memory.peak / GB:>8.2f} GB at one time: gradients come as activations go")
+        lines.append(f"  {name:<12}{shown(taken):>11}{'  (the largest)' if name == memory.largest else ''}")
+    lines.append(f"  {'at the most':<12}{shown(memory.peak):>11} at one time: gradients come as activations go")
     return "\n".join(lines)
 
 
 def in_a_line(memory: Memory, batch_size: int, size: Size) -> str:
-    largest = f"{memory.parts[memory.largest] / GB:.2f} GB of it for {memory.largest}"
-    return f"Training will need about {memory.peak / GB:.2f} GB for a batch of {batch_size} at {size}, {largest}."
+    largest = f"{shown(memory.parts[memory.largest])} of it for {memory.largest}"
+    return f"Training will need about {shown(memory.peak)} for a batch of {batch_size} at {size}, {largest}."
 
 
 def warning(config: Config, spec: Spec, architecture: Path, size: Size, needed: int, free: int) -> str:
     """That `needed` bytes are more than the GPU has, and what each option that saves memory would bring it to."""
-    words = f"The GPU has {free / GB:.2f} GB free, and training needs about {needed / GB:.2f} GB. "
+    words = f"The GPU has {shown(free)} free, and training needs about {shown(needed)}. "
     ways = [(estimate(setup_of(changed, spec, architecture, size)).peak, name) for name, changed in savings(config)]
     helpful = sorted(way for way in ways if way[0] < needed)
     if not helpful:
         return f"{words}No option lowers that: train a smaller model, or on a GPU with more memory."
-    lines = [f"  to {peak / GB:.2f} GB: {name}" for peak, name in helpful]
+    lines = [f"  to {shown(peak)}: {name}" for peak, name in helpful]
     return "\n".join([f"{words}Each of these lowers that:", *lines])
 
 

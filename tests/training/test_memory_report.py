@@ -21,9 +21,9 @@ def test_all_parts_are_named_and_the_largest_is_marked():
     assert "batch of 4" in lines[0] and "96x64" in lines[0]
     assert [line.split()[:3] for line in lines[1:6]] == [
         ["weights", "1.50", "GB"],
-        ["gradients", "0.02", "GB"],
-        ["optimizer", "0.04", "GB"],
-        ["EMA", "0.00", "GB"],
+        ["gradients", "20.0", "MB"],
+        ["optimizer", "40.0", "MB"],
+        ["EMA", "0.0", "MB"],
         ["activations", "3.00", "GB"],
     ]
     assert [line for line in lines if "largest" in line] == [lines[5]]
@@ -89,5 +89,5 @@ def test_a_real_run_tells_it_in_a_line_where_there_is_a_gpu_to_hold_it_against(t
     monkeypatch.setattr(memory_report, "free_on_gpu", lambda: 1000)
     assert trainer(max_train_steps=1, output_dir=tmp_path / "again", gradient_checkpointing=True) == 0
     said = capsys.readouterr().out
-    assert "Training will need about 0.0" in said and "The GPU has 0.00 GB free" in said
+    assert "Training will need about " in said and "The GPU has 0.0 MB free" in said
     assert "TRAIN_BATCH_SIZE=1" in said and "USE_GRADIENT" not in said
