@@ -5,8 +5,8 @@
 
 Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs. `--only` takes names of
 cases, such as "I-M lora b4" or "I-M*"; what was measured before on the same machine and commit stays in the file.
-Without a GPU the architectures are shrunk, for trying the script anywhere; `--full_size` takes them as they are.
-Beside each peak stands what `--dry_run` estimates for it. The documents' figure for the first case is 22-24 GB.
+Without a GPU the architectures are shrunk, for trying the script anywhere, and no peak is told, which PyTorch does not
+know of a CPU; `--full_size` takes them as they are. Beside each peak stands what `--dry_run` estimates for it. The documents' figure for the first case is 22-24 GB.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -92,9 +90,18 @@ CASES = [
 
 
 def measure(case: Case, steps: int, batch: int, full_size: bool, backend: str) -> dict[str, Any]:
-    """Peak memory in GB, seconds a step and samples a second of one case."""
+    """What one case is estimated to take, and what it took: see `_measured`."""
     config = UNet2DConditionModel.load_config(architecture(f"DeepFloyd/IF-{case.model}-v1.0"))
     config = config if full_size else shrunk(config)
+    row = {"batch": batch, "estimated_gb": estimated_gb(case, config, batch)}
+    try:
+        return {**row, **_measured(case, config, steps, batch, backend)}
+    except torch.OutOfMemoryError:
+        return {**row, "out_of_memory": True}
+
+
+def _measured(case: Case, config: dict[str, Any], steps: int, batch: int, backend: str) -> dict[str, Any]:
+    """Seconds a step and samples a second; on a GPU also the peak of the memory, in 1e9 bytes."""
     accelerator = Accelerator()
     on_gpu = accelerator.device.type == "cuda"
     _forget(on_gpu)
@@ -106,23 +113,14 @@ def measure(case: Case, steps: int, batch: int, full_size: bool, backend: str) -
     if case.mode:
         run.unet = torch.compile(run.unet, backend=backend, mode=case.mode, fullgraph=True, dynamic=False)
     data = random_batch(parts, batch, accelerator.device)
-    row = {
-        "batch": batch,
+    first = _seconds(run, data, 1)
+    if on_gpu:
+        our_loop(run, data, WARM_UP)
+    a_step = _seconds(run, data, steps) / steps
+    return {
         "parameters": sum(parameter.numel() for parameter in parts.unet.parameters()),
         "trained_parameters": sum(parameter.numel() for parameter in trainable_parameters(parts.unet)),
-        "estimated_gb": estimated_gb(case, config, batch),
-    }
-    try:
-        first = _seconds(run, data, 1)
-        if on_gpu:
-            our_loop(run, data, WARM_UP)
-        a_step = _seconds(run, data, steps) / steps
-    except torch.OutOfMemoryError:
-        return {**row, "out_of_memory": True}
-    return {
-        **row,
-        "peak_gb": peak_gb(on_gpu),
-        "peak_is": "allocated on the GPU" if on_gpu else "resident in the process",
+        **({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {}),
         "seconds_of_the_first_step": first,
         "seconds_a_step": a_step,
         "samples_a_second": batch / a_step,
@@ -183,14 +181,6 @@ def _seconds(run: Run, batch: Any, steps: int) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def peak_gb(on_gpu: bool) -> float:
-    """The most memory held so far, in 1e9 bytes; on a GPU since the case began."""
-    if on_gpu:
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def measured_before(path: Path) -> dict[str, Any]:

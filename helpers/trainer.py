@@ -25,8 +25,9 @@ from transformers.utils import logging as transformers_logging
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache
 from helpers.config.backends import Backends
+from helpers.config.checks import schedule_problems, smallest_edge
 from helpers.config.load import Resolved, as_json, read_prompt_library
-from helpers.config.options import Config
+from helpers.config.options import ROWS, Config
 from helpers.config.problems import ConfigError
 from helpers.data import preparation
 from helpers.data.collate import Batch, Collator
@@ -37,11 +38,12 @@ from helpers.data.scan import DatasetError, write_left_out
 from helpers.models import loading, published
 from helpers.models.adapters import Adapter
 from helpers.models.bitfit import BIASES_FILE
-from helpers.models.facts import origin_of
+from helpers.models.facts import origin_of, variance_type_of
 from helpers.models.families import SPECS
 from helpers.models.loading import WeightsError
 from helpers.models.spec import Spec
 from helpers.training import assembly, checkpoints, loop, memory_report
+from helpers.training.assembly import Ending
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.loop import Every, NonFiniteLoss, Run, require_finite
 from helpers.validation.eval_images import EvalImage, Upscales, choose, file_name
@@ -81,7 +83,7 @@ def train(resolved: Resolved, backends: Backends) -> int:
         NonFiniteLoss: training broke down; the checkpoints so far are intact.
     """
     _quieten_libraries()
-    config = resolved.config
+    config = assembly.with_usable_attention(resolved.config)
     spec = SPECS[config.family.key]
     job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config), _prompts(config))
     _require_writable(job)
@@ -98,17 +100,18 @@ def train(resolved: Resolved, backends: Backends) -> int:
         print(f"Dry run: nothing was downloaded or trained. {looked_at}")
         return 0
     datasets, pixels = _cache_pixels(job, datasets)
-    model = loading.fetch_weights(name, revision, variant)
+    model = loading.fetch_weights(name, revision, variant, spec)
     loading.check_weight_files(model, variant)
     origin = origin_of(name, config.family.key, spec, model, config.loss.train_variance)
     job = replace(job, adapter=replace(job.adapter, origin=origin))
     sampler = _sampler(config, datasets)
+    ending = _ending(config, sampler)
     _open_output(job, datasets)
     accelerator = assembly.create_accelerator(config)
     texts = _cache_texts(job, datasets, prepared, model, accelerator)
-    run = assembly.create_run(config, spec, model, job.adapter, accelerator, _total_steps(config, sampler))
+    run = assembly.create_run(config, spec, model, job.adapter, accelerator, ending.steps)
     if checkpoint:
-        _resume(run, job, checkpoint)
+        _resume(run, job, checkpoint, ending)
     assembly.start_tracker(accelerator, config, job.options["options"])
     validation = _validation(job, texts, model, datasets)
     collator = _collator(job, texts, pixels, pin_memory=accelerator.device.type == "cuda")
@@ -143,7 +146,7 @@ def _check_model(job: Job) -> Path | None:
     name, is_local = options.pretrained_model_name_or_path, Path(options.pretrained_model_name_or_path).is_dir()
     if job.config.run.dry_run and not is_local:
         return None
-    configs = loading.fetch_configs(name, options.revision)
+    configs = loading.fetch_configs(name, options.revision, job.spec)
     loading.check(job.config.family, job.spec, configs)
     if is_local:
         loading.check_weight_files(configs, options.variant)
@@ -168,7 +171,9 @@ def _plan_data(job: Job) -> tuple[list[Dataset], dict[str, str]]:
     """Scan and plan each dataset, and print what will be trained on; also every caption with its prepared text."""
     family, datasets = job.config.family, []
     for backend in job.backends.images:
-        dataset, notes = preparation.scan_and_plan(backend, family.alignment, enlarge=not family.upscales)
+        dataset, notes = preparation.scan_and_plan(
+            backend, family.alignment, enlarge=not family.upscales, smallest=smallest_edge(job.config)
+        )
         datasets.append(dataset)
         for note in notes:
             print(note)
@@ -180,7 +185,7 @@ def _plan_data(job: Job) -> tuple[list[Dataset], dict[str, str]]:
     sampler = _sampler(job.config, datasets)
     for dataset, batches in zip(datasets, sampler.batches_by_dataset(0).values()):
         print(dataset.report(batches).describe())
-    steps = _total_steps(job.config, sampler)
+    steps = _ending(job.config, sampler).steps
     batch_size = job.config.training.train_batch_size * job.config.training.gradient_accumulation_steps
     print(f"{sampler.batches_in_epoch(0):,} batches an epoch; {steps:,} steps of up to {batch_size:,} images in all")
     return datasets, prepared
@@ -202,8 +207,17 @@ def _sampler(config: Config, datasets: Sequence[Dataset]) -> Sampler:
     return Sampler(datasets, training.train_batch_size, training.seed, config.data.caption_dropout_probability)
 
 
-def _total_steps(config: Config, sampler: Sampler) -> int:
-    return assembly.total_steps(config.training, sampler.batches_in_epoch(0))
+def _ending(config: Config, sampler: Sampler) -> Ending:
+    """When the run ends, which is known once its images are.
+
+    Raises:
+        ConfigError: the learning rate's schedule needs more steps.
+    """
+    ending = assembly.ending(config.training, sampler.batches_in_epoch(0))
+    problems = [str(problem) for problem in schedule_problems(config, *ending)]
+    if problems:
+        raise ConfigError(problems)
+    return ending
 
 
 def _checkpoint(job: Job, data: Mapping[str, str]) -> Path | None:
@@ -271,7 +285,7 @@ def _validation(job: Job, texts: TextCaches, model: Path, datasets: Sequence[Dat
         inference_steps=options.validation_num_inference_steps,
         guidance=options.validation_guidance,
         seed=options.validation_seed,
-        scheduler_changes={} if job.config.loss.train_variance else {"variance_type": "fixed_small"},
+        scheduler_changes={"variance_type": job.adapter.origin.variance_type},
     )
     if job.config.family.upscales:
         pictures = _upscales(job, texts, datasets, sampling)
@@ -280,9 +294,12 @@ def _validation(job: Job, texts: TextCaches, model: Path, datasets: Sequence[Dat
         pictures = PromptPictures(sampling, prompts)
     if pictures.titles:
         return Validation(job.config.run.output_dir, pictures)
-    lacking = "NUM_EVAL_IMAGES (--num_eval_images) is 0" if job.config.family.upscales else (
-        "VALIDATION_PROMPT (--validation_prompt) is not set"
-    )
+    if not job.config.family.upscales:
+        lacking = "VALIDATION_PROMPT (--validation_prompt) is not set"
+    elif not options.num_eval_images:
+        lacking = "NUM_EVAL_IMAGES (--num_eval_images) is 0"
+    else:
+        lacking = "No image fills any size of VALIDATION_RESOLUTION (--validation_resolution)"
     print(f"{lacking}: no validation images will be made.")
     return None
 
@@ -292,16 +309,20 @@ def _upscales(job: Job, texts: TextCaches, datasets: Sequence[Dataset], sampling
     if options.validation_prompt or options.validation_prompt_library:
         name = job.config.family.name
         print(f"{name} upscales eval images, each by its own caption: validation prompts are not drawn.")
-    chosen = choose(datasets, options.num_eval_images, options.validation_seed, job.config.run.output_dir)
+    output, seed = job.config.run.output_dir, options.validation_seed
+    choice = choose(datasets, sampling.sizes, options.num_eval_images, seed, output)
+    for note in choice.notes:
+        print(note)
     eval_images = tuple(
         EvalImage(
             name=file_name(dataset, record),
             path=record.path,
             caption=record.captions[0],
             embeds=_embed(texts, texts.by_id[backend.text_embeds], record.captions[0]),
+            sizes=sizes,
         )
         for backend, dataset in zip(job.backends.images, datasets)
-        for record in chosen[dataset.id]
+        for record, sizes in choice.images[dataset.id].items()
     )
     scale, method = job.spec.conditioning.scale, job.config.data.downsample_method
     return Upscales(sampling, eval_images, scale, options.validation_noise_level, method)
@@ -311,13 +332,14 @@ def _embed(texts: TextCaches, cache: EmbedCache, caption: str) -> torch.Tensor:
     return cache.read([texts.prepared[caption]])[0]
 
 
-def _resume(run: Run, job: Job, checkpoint: Path) -> None:
+def _resume(run: Run, job: Job, checkpoint: Path, ending: Ending) -> None:
     job.adapter.load_weights(run.parts.unet, checkpoint)
     run.restore(checkpoints.load_state(checkpoint)["run"])
     for abandoned in checkpoints.set_aside_later(job.config.run.output_dir, checkpoint):
         print(f"Going back to {checkpoint.name}: a later checkpoint was moved to {_shown(abandoned)}.")
     if run.finished:
-        print(f"{checkpoint.name} is the last of its {run.total_steps:,} steps: to train on, raise MAX_NUM_STEPS.")
+        raised = " and ".join(f"{ROWS[name].exports[0]} (--{name})" for name in ending.options)
+        print(f"{checkpoint.name} is the last of its {ending.steps:,} steps: to train on, raise {raised}.")
     else:
         print(f"Resumed from {checkpoint.name}, to go on to step {run.total_steps:,}.")
 
@@ -387,10 +409,12 @@ def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> N
     with run.averaged_weights():
         result = job.adapter.export(run.parts.unet, model, output)
     lines = [f"  {_shown(result)}    the result, for diffusers" + (", of averaged weights" if run.ema else "")]
-    if not job.config.loss.train_variance and job.config.training_kind == "lora":
-        lines.append('    its variance was not trained: sample it with a scheduler of variance_type="fixed_small"')
     if job.config.training.use_bitfit:
         lines.append(f"  {_shown(output / BIASES_FILE)}    its biases alone, for pipeline.unet.load_state_dict")
+    variance, base_variance = job.adapter.origin.variance_type, variance_type_of(model)
+    if variance != base_variance and (job.config.training_kind == "lora" or job.config.training.use_bitfit):
+        needed = f'variance_type="{variance}", not the base\'s {base_variance}'
+        lines.append(f"    sample it with a scheduler of {needed}")
     comparison = validation.before_and_after() if validation else None
     if comparison:
         lines.append(f"  {_shown(comparison)}    before and after")

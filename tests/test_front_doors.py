@@ -50,7 +50,7 @@ VALUES = {
     "soft_min_snr": ("true", True),
     "noise_offset": ("0.05", 0.05),
     "timestep_bias_strategy": ("later", "later"),
-    "timestep_bias_multiplier": ("2", 2.0),
+    "timestep_bias_multiplier": ("3", 3.0),
     "timestep_bias_portion": ("0.5", 0.5),
     "timestep_bias_begin": ("100", 100),
     "timestep_bias_end": ("900", 900),
@@ -98,6 +98,10 @@ VALUES = {
 SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
 NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler=polynomial"],
           "soft_min_snr": ["--snr_gamma=5"],
+          "timestep_bias_multiplier": ["--timestep_bias_strategy=later"],
+          "timestep_bias_portion": ["--timestep_bias_strategy=later"],
+          "timestep_bias_begin": ["--timestep_bias_strategy=range"],
+          "timestep_bias_end": ["--timestep_bias_strategy=range"],
           "num_eval_images": ["--model_type=deepfloyd-stage2-lora"], "use_bitfit": ["--model_type=deepfloyd-full"]}
 BASE = {"model_type": "deepfloyd-lora"}
 

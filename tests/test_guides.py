@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from helpers.captions.cleaning import clean
 from helpers.config.docs import backends_schema
 from helpers.config.families import MODEL_TYPES
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS
@@ -20,6 +21,9 @@ from helpers.models.facts import origin_of
 from helpers.models.families import SPECS
 from helpers.models.full import Full
 from helpers.models.lora import LoRA
+from helpers.models.published import architecture
+from helpers.sizes import Size
+from helpers.training.memory import Setup, estimate
 
 GUIDE = ROOT / "docs" / "deepfloyd.md"
 PAGES = [GUIDE, ROOT / "README.md"]
@@ -60,12 +64,48 @@ def test_the_guide_knows_every_flavour_and_model_type():
     assert [name for name in (*MODEL_TYPES, *flavours) if f"`{name}`" not in text] == []
 
 
-@pytest.mark.parametrize("env_file", ["examples/demo/sd2x-env.sh", "examples/demo/sd2x-env-base.sh"])
-def test_the_guide_tells_the_demos_own_rates(env_file):
+@pytest.mark.parametrize("demo", ["", "-base", "-stage2", "-stage2-base"])
+def test_the_guide_tells_the_demos_own_rates(demo):
+    env_file = f"examples/demo/sd2x-env{demo}.sh"
     exports = dict(re.findall(r"^export (\w+)=(\S+)$", (ROOT / env_file).read_text(encoding="utf-8"), re.MULTILINE))
     rate, batch = exports["LEARNING_RATE"], exports["TRAIN_BATCH_SIZE"]
     row = f"| {rate} | {batch} | {int(exports['MAX_NUM_STEPS']):,} | `{env_file}` |"
     assert row in GUIDE.read_text(encoding="utf-8")
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the table in the guide whose first row begins so."""
+    table = GUIDE.read_text(encoding="utf-8").partition(f"\n| {heading}")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_captions_that_the_guide_shows_are_cleaned_as_it_says():
+    rows = rows_of("written")
+    assert len(rows) == 5
+    for written, read in rows:
+        for caption in re.findall("`([^`]+)`", written):
+            assert clean(caption) == (caption if read.startswith("unchanged") else re.match("`([^`]+)`", read)[1])
+
+
+@pytest.mark.parametrize("model", ["I-M", "II-M"])
+def test_the_memory_that_the_guide_tells_is_what_a_dry_run_estimates(model):
+    [figures] = [figures for name, *figures in rows_of("| LoRA, rank 32") if name == model]
+    edge = 64 if model == "I-M" else 256
+    lora = Setup(
+        architecture=architecture(f"DeepFloyd/IF-{model}-v1.0"),
+        adapter=LoRA(32, 32, dropout=0.0, targets="attention"),
+        weights=torch.bfloat16,
+        trained=torch.bfloat16,
+        autocast=False,
+        optimizer="adamw_bf16",
+        ema=False,
+        checkpointing=False,
+        batch_size=4,
+        size=Size(edge, edge),
+        tokens=77,
+    )
+    setups = [lora, replace(lora, checkpointing=True), replace(lora, adapter=Full())]
+    assert [f"{estimate(setup).peak / 1e9:.1f}" for setup in setups] == figures
 
 
 def test_the_guides_dataset_has_keys_that_exist():
@@ -92,6 +132,7 @@ def test_the_guides_code_runs(tmp_path, monkeypatch, tiny_model, tiny_stage2):
     exec(program, names)
     assert names["image"].size == (96, 64) and names["large"].size == (384, 256)
     assert names["stage_1"].scheduler.config.variance_type == names["variance"] == "fixed_small"
+    assert names["pipeline"].scheduler.config.variance_type == "fixed_small"
     assert names["stage_1"].get_active_adapters() == ["subject"] and names["stage_2"].get_active_adapters()
 
 

@@ -19,11 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.models import loading
+from helpers.models.bitfit import BIASES_FILE
+from helpers.models.facts import read_adapter_facts
 from helpers.models.text import T5Encoder
 from helpers.trainer import COMMAND_MARK
 from helpers.training import checkpoints
 from helpers.training.loop import Run
 from helpers.validation.prompts import PromptPictures
+from helpers.validation.render import Sampling
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -137,6 +140,38 @@ def test_full_tuning_writes_a_pipeline_that_diffusers_loads(trainer, tmp_path, t
     assert tuned.tokenizer("a red circle").input_ids == base.tokenizer("a red circle").input_ids
 
 
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("base_variance, trained", [("learned_range", False), ("fixed_small", True)])
+def test_the_variance_is_validated_exported_and_told_as_it_is_trained(
+    trainer, tmp_path, tiny_model, monkeypatch, capsys, kind, base_variance, trained
+):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    scheduler = base / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "variance_type": base_variance}))
+    sampled, pipeline = set(), Sampling.pipeline
+
+    def remember(self: Sampling, run: Run) -> DiffusionPipeline:
+        made = pipeline(self, run)
+        sampled.add(made.scheduler.config.variance_type)
+        return made
+
+    monkeypatch.setattr(Sampling, "pipeline", remember)
+    flags = {"model_type": "deepfloyd-full", "lora_rank": None} if kind == "full" else {}
+    flags |= {"adam_weight_decay": 0, "learning_rate": 1e-3, "validation_prompt": "a cat", "max_train_steps": 1}
+    assert trainer(**flags, pretrained_model_name_or_path=base, train_variance=trained) == 0
+    variance = "learned_range" if trained else "fixed_small"
+    assert sampled == {variance}
+    told = f'variance_type="{variance}", not the base\'s {base_variance}' in capsys.readouterr().out
+    assert told == (kind == "lora" and variance != base_variance)
+    if kind == "lora":
+        assert read_adapter_facts(tmp_path / "output" / ADAPTER).variance_type == variance
+        return
+    tuned = DiffusionPipeline.from_pretrained(tmp_path / "output" / "pipeline")
+    assert tuned.scheduler.config.variance_type == variance
+    before = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")["conv_out.weight"]
+    assert (tuned.unet.conv_out.weight[3:] != before[3:]).any() == trained
+
+
 def test_full_tuning_resumes_bit_for_bit(trainer, tmp_path):
     common = {"model_type": "deepfloyd-full", "lora_rank": None, "checkpointing_steps": 2, "learning_rate": 1e-3}
     common |= {"mixed_precision": "bf16", "pure_bf16": True, "optimizer": "adamw8bit", "use_ema": True}
@@ -147,6 +182,8 @@ def test_full_tuning_resumes_bit_for_bit(trainer, tmp_path):
     for weights in ("checkpoint-4/unet", "pipeline/unet"):
         weights += "/diffusion_pytorch_model.safetensors"
         assert_equal(load_file(tmp_path / "whole" / weights), load_file(tmp_path / "parts" / weights))
+    states = [checkpoints.load_state(tmp_path / folder / "checkpoint-4")["run"] for folder in ("whole", "parts")]
+    assert_equal(*states)
 
 
 def test_averaged_weights_are_validated_and_exported_and_a_checkpoint_has_both(trainer, tmp_path, monkeypatch, capsys):
@@ -165,6 +202,62 @@ def test_averaged_weights_are_validated_and_exported_and_a_checkpoint_has_both(t
     assert any((exported[name] != own[name]).any() for name in own)
     averages = {tensor.numpy().tobytes() for tensor in state["ema"]["weights"]}
     assert averages == {tensor.numpy().tobytes() for tensor in exported.values()}
+
+
+@pytest.mark.parametrize(
+    "flags, weights",
+    [
+        ({"use_dora": True}, ADAPTER),
+        ({"model_type": "deepfloyd-full", "lora_rank": None, "use_bitfit": True}, BIASES_FILE),
+        ({"model_type": "deepfloyd-full", "lora_rank": None}, "unet/diffusion_pytorch_model.safetensors"),
+    ],
+    ids=["DoRA", "BitFit", "full"],
+)
+def test_the_average_is_exported_of_whatever_is_trained(trainer, tmp_path, flags, weights):
+    output = tmp_path / "output"
+    assert trainer(use_ema=True, learning_rate=1e-2, max_train_steps=3, **flags) == 0
+    exported = load_file(output / "pipeline" / weights if weights.startswith("unet") else output / weights)
+    own = load_file(output / "checkpoint-3" / weights)
+    averages = checkpoints.load_state(tmp_path / "output" / "checkpoint-3")["run"]["ema"]["weights"]
+    assert {tensor.numpy().tobytes() for tensor in averages} == {
+        tensor.numpy().tobytes() for tensor in exported.values()
+    }
+    assert any(not torch.equal(exported[name], own[name]) for name in own)
+    if weights == BIASES_FILE:
+        tuned = load_file(tmp_path / "output" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert all(torch.equal(tuned[name], exported[name]) for name in exported)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"num_train_epochs": 1, "lr_warmup_steps": 1000}, ["LR_WARMUP_STEPS", "found 1000", "7 steps", "NUM_EPOCHS"]),
+        ({"num_train_epochs": 1, "lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 7}, ["needs 14", "are 7"]),
+        ({"num_train_epochs": 1, "lr_scheduler": "sine", "lr_warmup_steps": 5}, ["LR_NUM_CYCLES", "there are 2"]),
+        ({"num_train_epochs": 1, "lr_warmup_steps": 9, "max_train_steps": 10}, ["found 9", "7 steps", "NUM_EPOCHS"]),
+    ],
+    ids=["warm-up", "restarts", "sine", "epochs before steps"],
+)
+def test_a_schedule_that_the_epochs_cut_short_is_refused_before_training(trainer, tmp_path, capsys, flags, words):
+    """14 images in batches of 2 are 7 steps, which is known once the images are."""
+    assert trainer(**{"max_train_steps": 0, **flags}, dry_run=True) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"max_train_steps": 2}, "raise MAX_NUM_STEPS (--max_train_steps)."),
+        ({"max_train_steps": 9, "num_train_epochs": 1, "train_batch_size": 7}, "raise NUM_EPOCHS (--num_"),
+    ],
+    ids=["steps", "epochs"],
+)
+def test_a_finished_run_says_which_option_ended_it(trainer, capsys, flags, said):
+    assert trainer(**flags) == 0
+    assert trainer(**flags) == 0
+    assert f"checkpoint-2 is the last of its 2 steps: to train on, {said}" in capsys.readouterr().out
 
 
 def test_the_second_run_encodes_and_decodes_nothing(trainer, tmp_path, capfd):
@@ -349,8 +442,8 @@ def test_the_text_encoder_is_freed_before_the_unet_is_loaded(trainer, monkeypatc
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_own_code_and_saves_nothing(trainer, tmp_path, capfd):
-    # A rate that throws the weights out of float32's range.
-    flags = {"model_type": "deepfloyd-full", "lora_rank": None, "learning_rate": 1e30, "max_grad_norm": 0}
+    # A decay that throws the weights out of float32's range.
+    flags = {"model_type": "deepfloyd-full", "lora_rank": None, "adam_weight_decay": 1e30, "max_grad_norm": 0}
     flags |= {"max_train_steps": 50, "lr_scheduler": "constant", "checkpointing_steps": 1, "report_to": "tensorboard"}
     assert trainer(**flags) == 3
     assert "LEARNING_RATE" in capfd.readouterr().err

@@ -22,6 +22,7 @@ from diffusers.utils import logging
 from PIL import Image, ImageFilter
 
 from examples.demo.draw import CAPTIONS, COLOURS, KNOWN, OUTLINES, SUBJECT, Thing, mask
+from helpers.models.results import load_adapter
 
 CONTRAST = 60
 """A pixel belongs to the thing when a channel differs by more than this (of 255) from the ground."""
@@ -141,7 +142,7 @@ def load_pipeline(model: Path, lora: Path | None) -> IFPipeline:
     pipeline = IFPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
-        pipeline.load_lora_weights(lora)
+        load_adapter(pipeline, lora)
     return pipeline
 
 

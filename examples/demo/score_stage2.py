@@ -18,6 +18,7 @@ from diffusers.utils import logging
 from PIL import Image
 
 from examples.demo.draw import CAPTIONS, draw, things
+from helpers.models.results import load_adapter
 from helpers.validation.eval_images import low_resolution, psnr
 
 SCALE = 4
@@ -72,7 +73,7 @@ def load_pipeline(model: Path, lora: Path | None = None) -> IFSuperResolutionPip
     pipeline = IFSuperResolutionPipeline.from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
-        pipeline.load_lora_weights(lora)
+        load_adapter(pipeline, lora)
     return pipeline
 
 

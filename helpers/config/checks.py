@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +12,20 @@ from typing import NamedTuple
 from helpers.config.families import LORA_TARGETS, MODEL_TYPES
 from helpers.config.optimizers import ADAM_SETTINGS, OPTIMIZERS
 from helpers.config.options import ROWS, Config
-from helpers.config.problems import did_you_mean, one_of
+from helpers.config.problems import did_you_mean, found, one_of
+
+WAVES = ("sine", "cosine", "cosine_with_restarts")
+"""The schedules that have cycles."""
+
+BIASED_TIMESTEPS = {
+    "timestep_bias_multiplier": ("earlier", "later", "range"),
+    "timestep_bias_portion": ("earlier", "later"),
+    "timestep_bias_begin": ("range",),
+    "timestep_bias_end": ("range",),
+}
+"""What the strategies of the timestep bias have to do with its other options."""
+
+TIMESTEPS = 1000
 
 
 class Problem(NamedTuple):
@@ -34,8 +47,11 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _optimizer(config)
     yield from _learning_rate(config)
     yield from _waves(config)
+    if config.training.max_train_steps:
+        yield from schedule_problems(config, config.training.max_train_steps, ("max_train_steps",))
     yield from _what_is_trained(config)
     yield from _loss(config)
+    yield from _timestep_bias(config)
     yield from _eval_images(config)
     yield from _tracker(config)
     if config.validation.validation_guidance_rescale and not config.family.guidance_rescale:
@@ -67,20 +83,28 @@ def smallest_edge(config: Config) -> int:
         return config.family.resolution
 
 
+def _trained_edge(resolution: float, resolution_type: str, config: Config) -> float:
+    """The edge in pixels of a square image in training; those of an area become multiples of the alignment."""
+    if resolution_type == "pixel":
+        return resolution
+    alignment = config.family.alignment
+    return alignment * math.floor(math.sqrt(resolution * 1e6) / alignment + 0.5)
+
+
 def resolution_problem(resolution: float, resolution_type: str, config: Config) -> str | None:
     """What is wrong with a training size for the config's model, in words; None if nothing is."""
     family, smallest = config.family, smallest_edge(config)
-    edge = resolution if resolution_type == "pixel" else math.sqrt(resolution * 1e6)
+    edge = _trained_edge(resolution, resolution_type, config)
     if resolution_type == "pixel" and resolution % family.alignment:
         return (
             f"found {resolution:g}, {family.name} needs a multiple of {family.alignment} pixels: "
             f"type {nearest_multiples(resolution, family.alignment, smallest)}"
         )
     if edge < smallest:
-        return (
-            f"found {resolution:g}, {family.name} makes images of {smallest} pixels and more out of a quarter of that: "
-            f"type {smallest}, with resolution_type pixel"
-        )
+        makes = f"makes images of {smallest} pixels and more"
+        makes += " out of a quarter of that" if family.upscales else ""
+        instead = smallest if family.upscales else family.resolution
+        return f"found {resolution:g}, {family.name} {makes}: type {instead}, with resolution_type pixel"
     largest = family.resolution * family.largest_factor
     if edge > largest:
         megapixels = f" (that is {edge:,.0f} pixels an edge)" if resolution_type == "area" else ""
@@ -107,8 +131,7 @@ def _resolution(config: Config) -> Iterator[Problem]:
 
 def _validation_sizes(config: Config) -> Iterator[Problem]:
     family, data, smallest = config.family, config.data, smallest_edge(config)
-    edge = data.resolution if data.resolution_type == "pixel" else math.sqrt(data.resolution * 1e6)
-    largest = math.floor(edge * family.largest_factor)
+    largest = math.floor(_trained_edge(data.resolution, data.resolution_type, config) * family.largest_factor)
     for size in config.validation.validation_resolution:
         uneven = [edge for edge in size if edge % family.alignment]
         if max(size) > largest and not resolution_problem(data.resolution, data.resolution_type, config):
@@ -153,17 +176,12 @@ def _optimizer(config: Config) -> Iterator[Problem]:
         yield Problem(
             ("optimizer", "pure_bf16"),
             f"found {name!r} beside pure_bf16, where {facts.lost_in_bf16}: "
-            "type adamw_bf16, or set pure_bf16 to false",
+            f"type {_with_its_rate('adamw_bf16', name)}, or set pure_bf16 to false",
         )
     if facts.package and find_spec(facts.package) is None:
         words = f"found {name!r}, whose package is not installed here: run `pip install {facts.package}`"
-        yield Problem(("optimizer",), f"{words}, or type {'adamw_bf16' if config.training.pure_bf16 else 'adamw'}")
-    if options.learning_rate < facts.least_rate:
-        yield Problem(
-            ("learning_rate", "optimizer"),
-            f"found {options.learning_rate:g} beside optimizer {name!r}, which finds its own rate and multiplies it "
-            f"by this: type {facts.learning_rate:g}",
-        )
+        other = "adamw_bf16" if config.training.pure_bf16 else "adamw"
+        yield Problem(("optimizer",), f"{words}, or type {_with_its_rate(other, name)}")
     for setting in (setting for setting in ADAM_SETTINGS if setting not in facts.settings):
         default = facts.beta2 if setting == "adam_beta2" else ROWS[setting].field.default
         if getattr(options, setting) != default:
@@ -174,7 +192,20 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 
 
 def _learning_rate(config: Config) -> Iterator[Problem]:
-    options, steps = config.optimizer, config.training.max_train_steps
+    options = config.optimizer
+    facts = OPTIMIZERS[options.optimizer]
+    if options.learning_rate < facts.least_rate:
+        yield Problem(
+            ("learning_rate", "optimizer"),
+            f"found {options.learning_rate:g} beside optimizer {options.optimizer!r}, which finds its own rate and "
+            f"multiplies it by this: type {facts.learning_rate:g}",
+        )
+    if options.learning_rate > facts.greatest_rate:
+        yield Problem(
+            ("learning_rate", "optimizer"),
+            f"found {options.learning_rate:g} beside optimizer {options.optimizer!r}, with which a rate above "
+            f"{facts.greatest_rate:g} breaks any model: type a rate near {facts.learning_rate:g}",
+        )
     decays = not options.lr_scheduler.startswith("constant")
     if decays and options.lr_end > options.learning_rate:
         yield Problem(
@@ -188,12 +219,6 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
             f"found {options.lr_end:g} beside lr_scheduler {options.lr_scheduler!r}, which never goes there: "
             "remove it, or type cosine or another schedule that decays",
         )
-    if steps and options.lr_warmup_steps >= steps:
-        yield Problem(
-            ("lr_warmup_steps", "max_train_steps"),
-            f"found {options.lr_warmup_steps}, but training ends after the {steps} of "
-            f"{ROWS['max_train_steps'].label}, before the learning rate has risen: type a smaller number",
-        )
     if options.lr_scheduler == "constant" and options.lr_warmup_steps:
         yield Problem(
             ("lr_scheduler", "lr_warmup_steps"),
@@ -202,8 +227,14 @@ def _learning_rate(config: Config) -> Iterator[Problem]:
         )
 
 
+def _with_its_rate(optimizer: str, instead_of: str) -> str:
+    """An optimizer to change to, with a learning rate where that of the present one would not do."""
+    rate = OPTIMIZERS[optimizer].learning_rate
+    return optimizer if OPTIMIZERS[instead_of].learning_rate == rate else f"{optimizer} with learning_rate {rate:g}"
+
+
 def _waves(config: Config) -> Iterator[Problem]:
-    options, steps = config.optimizer, config.training.max_train_steps
+    options = config.optimizer
     schedule, cycles = options.lr_scheduler, options.lr_num_cycles
     if options.lr_power != 1 and schedule != "polynomial":
         yield Problem(
@@ -211,7 +242,7 @@ def _waves(config: Config) -> Iterator[Problem]:
             f"found {options.lr_power:g} beside lr_scheduler {schedule!r}, which has no power: "
             "remove it, or type polynomial",
         )
-    if cycles != 1 and schedule not in ("sine", "cosine", "cosine_with_restarts"):
+    if cycles != 1 and schedule not in WAVES:
         words = f"found {cycles:g} beside lr_scheduler {schedule!r}, which has no cycles: remove it, or type cosine"
         yield Problem(("lr_num_cycles", "lr_scheduler"), words)
     elif schedule != "sine" and cycles != round(cycles):
@@ -219,11 +250,36 @@ def _waves(config: Config) -> Iterator[Problem]:
             ("lr_num_cycles", "lr_scheduler"),
             f"found {cycles:g}, with which {schedule} would not end at lr_end: type a whole number",
         )
-    elif steps and cycles > 1 and 2 * cycles > steps - options.lr_warmup_steps:
+    elif schedule == "sine" and cycles < 0.5:
         yield Problem(
-            ("lr_num_cycles", "max_train_steps", "lr_warmup_steps"),
-            f"found {cycles:g} for the {steps - options.lr_warmup_steps} steps after the warm-up, and each needs 2: "
-            "type a smaller number",
+            ("lr_num_cycles", "lr_scheduler"),
+            f"found {cycles:g}, with which a sine ends before it is at lr_end: type 0.5 or more",
+        )
+
+
+def schedule_problems(config: Config, steps: int, ended_by: tuple[str, ...]) -> Iterator[Problem]:
+    """What of the learning rate's schedule does not fit into a run of so many steps.
+
+    Args:
+        ended_by: the options that say so.
+    """
+    options, end = config.optimizer, " and ".join(ROWS[name].label for name in ended_by)
+    left = steps - options.lr_warmup_steps
+    if left <= 0:
+        yield Problem(
+            ("lr_warmup_steps", *ended_by),
+            f"found {options.lr_warmup_steps}, but training ends after {steps} steps, as {end} says, before the "
+            "learning rate has risen: type a smaller number",
+        )
+        return
+    schedule, cycles = options.lr_scheduler, options.lr_num_cycles
+    # Each half wave takes a step, and a sine also the one that it begins at. One decay may be cut as short as a run.
+    needed = math.ceil(2 * cycles) + (schedule == "sine")
+    if needed > left and schedule in WAVES and (schedule == "sine" or cycles > 1):
+        yield Problem(
+            ("lr_num_cycles", "lr_scheduler", "lr_warmup_steps", *ended_by),
+            f"found {cycles:g}, for which {schedule} needs {needed} steps after the warm-up, and there are {left}, as "
+            f"{end} says: type a smaller number, or lr_scheduler linear",
         )
 
 
@@ -237,12 +293,9 @@ def _what_is_trained(config: Config) -> Iterator[Problem]:
             f"{lora[0]} is a way to train an adapter, for model_type {of_kind['lora']}: set one of the two to false",
         )
         return
-    for name in lora if config.training_kind == "full" else []:
-        yield Problem(
-            (name, "model_type"),
-            f"found true beside model_type {of_kind['full']}, which trains no adapter: "
-            f"set it to false, or model_type to {of_kind['lora']}",
-        )
+    if config.training_kind == "full":
+        yield from _adapter_of_full(config, of_kind)
+        return
     layers = LORA_TARGETS[config.lora.lora_targets]
     for name in config.lora.ranks:
         if name not in layers:
@@ -251,7 +304,7 @@ def _what_is_trained(config: Config) -> Iterator[Problem]:
                 f"found the layer {name!r}, with lora_targets {config.lora.lora_targets!r} it needs {one_of(layers)}"
                 + did_you_mean(name, layers),
             )
-    if config.training.use_bitfit and config.training_kind == "lora":
+    if config.training.use_bitfit:
         yield Problem(
             ("use_bitfit", "model_type"),
             f"found true beside model_type {of_kind['lora']}, but BitFit trains the model's own biases: "
@@ -259,15 +312,63 @@ def _what_is_trained(config: Config) -> Iterator[Problem]:
         )
 
 
+def _adapter_of_full(config: Config, of_kind: Mapping[str, str]) -> Iterator[Problem]:
+    """Options of an adapter where there is none."""
+    for name, field in type(config.lora).model_fields.items():
+        value = getattr(config.lora, name)
+        if value == field.default:
+            continue
+        away = "set it to false, or" if ROWS[name].is_switch else "remove it, or set"
+        yield Problem(
+            (name, "model_type"),
+            f"found {found(value)} beside model_type {of_kind['full']}, which trains no adapter: "
+            f"{away} model_type to {of_kind['lora']}",
+        )
+
+
 def _loss(config: Config) -> Iterator[Problem]:
     if config.loss.soft_min_snr and not config.loss.snr_gamma:
         words = "found true without a snr_gamma, which it softens: type a snr_gamma such as 5, or set it to false"
         yield Problem(("soft_min_snr", "snr_gamma"), words)
-    if config.loss.timestep_bias_begin >= config.loss.timestep_bias_end:
+
+
+def _timestep_bias(config: Config) -> Iterator[Problem]:
+    loss = config.loss
+    strategy = loss.timestep_bias_strategy
+    for option, strategies in BIASED_TIMESTEPS.items():
+        value = getattr(loss, option)
+        if value != ROWS[option].field.default and strategy not in strategies:
+            yield Problem(
+                (option, "timestep_bias_strategy"),
+                f"found {value:g} beside timestep_bias_strategy {strategy!r}, where it does nothing: remove it, or "
+                f"type timestep_bias_strategy {' or '.join(strategies)}",
+            )
+    if strategy == "none":
+        return
+    if loss.timestep_bias_multiplier == 1:
+        yield Problem(
+            ("timestep_bias_multiplier", "timestep_bias_strategy"),
+            "found 1, with which all timesteps come up as often as without a timestep_bias_strategy: type 2, or less "
+            "than 1 to make some rarer",
+        )
+    begin, end = loss.timestep_bias_begin, loss.timestep_bias_end
+    if strategy == "range" and begin >= end:
         yield Problem(
             ("timestep_bias_begin", "timestep_bias_end"),
-            f"found {config.loss.timestep_bias_begin}, but the range ends before {config.loss.timestep_bias_end}: "
-            "type a smaller number",
+            f"found {begin}, but the range ends before {end}: type a smaller number",
+        )
+    if strategy == "range" and (begin, end) == (0, TIMESTEPS):
+        yield Problem(
+            ("timestep_bias_begin", "timestep_bias_end", "timestep_bias_strategy"),
+            f"found 0, and {TIMESTEPS} for {ROWS['timestep_bias_end'].label}, which is all timesteps: make the range "
+            "smaller",
+        )
+    count = round(loss.timestep_bias_portion * TIMESTEPS)
+    if strategy != "range" and count in (0, TIMESTEPS):
+        yield Problem(
+            ("timestep_bias_portion", "timestep_bias_strategy"),
+            f"found {loss.timestep_bias_portion:g}, which is {'all' if count else 'none'} of the {TIMESTEPS} "
+            "timesteps: type a part of them such as 0.25",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -17,7 +18,7 @@ class OptimizerFacts:
         settings: those of `ADAM_SETTINGS` that it has.
         package: what `import` and `pip install` call its library, where that is not one that everything needs.
         learning_rate, beta2: the defaults.
-        least_rate: a lower learning_rate is a mistake, since it is only a factor of the rate that is found.
+        least_rate, greatest_rate: a learning_rate outside is a mistake. Prodigy's is only a factor of what it finds.
         lost_in_bf16: what becomes of its steps where the weights are kept in bfloat16, if it cannot be used there.
     """
 
@@ -26,6 +27,7 @@ class OptimizerFacts:
     learning_rate: float = 4e-5
     beta2: float = 0.999
     least_rate: float = 0.0
+    greatest_rate: float = 0.1
     lost_in_bf16: str | None = None
 
 
@@ -36,10 +38,11 @@ OPTIMIZERS: Mapping[str, OptimizerFacts] = MappingProxyType({
     "ao_adamw8bit": OptimizerFacts(package="torchao"),
     "adafactor": OptimizerFacts(settings=("adam_weight_decay",)),
     "lion": OptimizerFacts(
-        settings=("adam_beta1", "adam_beta2", "adam_weight_decay"), package="bitsandbytes", beta2=0.99
+        settings=("adam_beta1", "adam_beta2", "adam_weight_decay"), package="bitsandbytes",
+        learning_rate=1e-5, beta2=0.99,
     ),
     "prodigy": OptimizerFacts(
-        package="prodigyopt", learning_rate=1.0, least_rate=0.01,
+        package="prodigyopt", learning_rate=1.0, least_rate=0.01, greatest_rate=math.inf,
         lost_in_bf16="bf16 weights would not move: it begins with steps far below their precision",
     ),
 })

@@ -7,6 +7,7 @@ train.sh uses, the checks, OPTIONS.md and the JSON Schema.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,9 @@ def _to_ranks(value: object) -> str:
     pairs = [tuple(str(part).strip() for part in entry) for entry in entries]
     if any(len(pair) != 2 or re.fullmatch("[1-9][0-9]*", pair[1]) is None for pair in pairs):
         raise ValueError("needs layers with their ranks, such as add_k_proj=64,add_v_proj=64")
+    twice = [layer for layer, count in Counter(layer for layer, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"needs each layer once: {', '.join(twice)} is there several times")
     return ",".join("=".join(pair) for pair in pairs)
 
 
@@ -208,7 +212,8 @@ class LossOptions(Group):
         0.0, ge=0, le=1, help="Offset noise: how much the brightness of whole images is noised too, such as 0.05.")
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
         "none", help="Timesteps that come up more often: the nearly clear ones (earlier), the noisy ones, or a range.")
-    timestep_bias_multiplier: Real = option(1.0, gt=0, help="How much more often they come up; below 1: less often.")
+    timestep_bias_multiplier: Real = option(
+        2.0, gt=0, le=1000, help="How much more often they come up; below 1: less often.")
     timestep_bias_portion: Real = option(0.25, gt=0, le=1, help="The part of the timesteps that earlier and later mean.")
     timestep_bias_begin: Whole = option(0, ge=0, le=999, help="The first timestep of the range.")
     timestep_bias_end: Whole = option(1000, ge=1, le=1000, help="The timestep after the range's last one.")
@@ -242,7 +247,7 @@ class OptimizerOptions(Group):
         help="adamw; adamw_bf16: for pure_bf16; adamw8bit, ao_adamw8bit (torchao's): a state of 8 bits; adafactor: "
         "the smallest state; lion: needs a learning_rate 3 to 10 times smaller; prodigy: finds the rate itself.")
     learning_rate: Real | None = option(
-        gt=0, default_words="4e-5; 1 with prodigy",
+        gt=0, default_words="4e-5; 1e-5 with lion, 1 with prodigy",
         help="The highest learning rate; with prodigy a factor of the rate that it finds.")
     lr_end: Real = option(
         0.0, export="LEARNING_RATE_END", ge=0,

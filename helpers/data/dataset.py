@@ -134,8 +134,8 @@ class Dataset:
         )
 
 
-def rules_for(backend: ImageBackend, alignment: int, enlarge: bool = True) -> Rules:
-    """The geometry of a dataset; `alignment` is the model family's, and so is whether images may be enlarged."""
+def rules_for(backend: ImageBackend, alignment: int, enlarge: bool = True, smallest: int = 1) -> Rules:
+    """The geometry of a dataset; `alignment`, `enlarge` and `smallest` are the model's."""
     return Rules(
         resolution=backend.resolution,
         resolution_type=backend.resolution_type,
@@ -149,12 +149,15 @@ def rules_for(backend: ImageBackend, alignment: int, enlarge: bool = True) -> Ru
         maximum_image_size=backend.maximum_image_size,
         target_downsample_size=backend.target_downsample_size,
         enlarge=enlarge,
+        smallest=smallest,
     )
 
 
-def plan_dataset(backend: ImageBackend, found: Scan, alignment: int, enlarge: bool = True) -> Dataset:
+def plan_dataset(
+    backend: ImageBackend, found: Scan, alignment: int, enlarge: bool = True, smallest: int = 1
+) -> Dataset:
     """The dataset of one entry of the dataloader JSON, from the scan of its folder."""
-    rules = rules_for(backend, alignment, enlarge)
+    rules = rules_for(backend, alignment, enlarge, smallest)
     return plan_images(backend.id, backend.instance_data_dir, rules, found, backend.repeats, backend.probability)
 
 

@@ -43,8 +43,13 @@ class TextCaches:
         return self.by_id[self.default_id]
 
 
-def scan_and_plan(backend: ImageBackend, alignment: int, enlarge: bool = True) -> tuple[Dataset, tuple[str, ...]]:
+def scan_and_plan(
+    backend: ImageBackend, alignment: int, enlarge: bool = True, smallest: int = 1
+) -> tuple[Dataset, tuple[str, ...]]:
     """Find a dataset's images and plan each; also what the user should be told of them.
+
+    Args:
+        alignment, enlarge, smallest: see `geometry.Rules`.
 
     Raises:
         DatasetError: the folder is missing, or nothing in it can be used.
@@ -64,7 +69,7 @@ def scan_and_plan(backend: ImageBackend, alignment: int, enlarge: bool = True) -
             bar.update(done - bar.n)
 
         found = scan(backend.id, backend.instance_data_dir, index, captions, on_progress=show)
-    return plan_dataset(backend, found, alignment, enlarge), found.notes
+    return plan_dataset(backend, found, alignment, enlarge, smallest), found.notes
 
 
 def prepare_captions(text: T5, captions: Iterable[str]) -> dict[str, str]:

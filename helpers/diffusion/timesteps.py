@@ -47,4 +47,8 @@ def draw(weights: Tensor, batch_size: int, generator: torch.Generator) -> Tensor
 
     Never a float: a bfloat16 cast changes 494 of 1,000 values.
     """
-    return torch.multinomial(weights, batch_size, replacement=True, generator=generator)
+    # Not `torch.multinomial`: it reads back whether its weights are sound, and so waits for all that a GPU has to do.
+    dtype = torch.float32 if weights.device.type == "mps" else torch.float64
+    cumulative = weights.to(dtype).cumsum(0)
+    drawn = torch.rand(batch_size, dtype=dtype, device=weights.device, generator=generator)
+    return torch.searchsorted(cumulative / cumulative[-1], drawn, right=True)  # drawn < 1, the last one's value

@@ -8,12 +8,14 @@ size is cut out of that. All sizes are width x height in pixels, after EXIF orie
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
 from helpers.sizes import Size
 
 HALF = Fraction(1, 2)
+Rounding = Callable[[Fraction | float], int]
 MAX_ASPECT = 10
 """Longest edge : shortest edge of a usable image. Beyond 10:1 a square crop shows under a tenth of the scene, and
 an uncropped target has an edge of more than ten times the resolution."""
@@ -26,7 +28,7 @@ class Rules:
     `resolution`, `minimum_image_size`, `maximum_image_size` and `target_downsample_size` are edges in pixels where
     `resolution_type` is "pixel", megapixels (1.0 = 1,000,000 pixels) where it is "area". `crop_aspect_buckets` holds
     (width / height, weight) pairs and is read only where `crop_aspect` is "random". Without `enlarge`, images that do
-    not fill their target are left out.
+    not fill their target are left out, and so are those whose target has an edge below `smallest` pixels.
 
     Raises:
         ValueError: if the resolution is not a multiple of the alignment, or half of the downsampling pair is missing.
@@ -44,6 +46,7 @@ class Rules:
     maximum_image_size: float | None = None
     target_downsample_size: float | None = None
     enlarge: bool = True
+    smallest: int = 1
 
     def __post_init__(self) -> None:
         if self.in_pixels and self.resolution % self.alignment:
@@ -90,7 +93,7 @@ def refusal(size: Size, rules: Rules) -> str | None:
     """Why an image of this size is left out, in words; None if it is used."""
     if max(size) > MAX_ASPECT * min(size):
         return f"{size} is longer than {MAX_ASPECT}:1"
-    if not rules.enlarge and (reason := _too_small(size, rules)):
+    if reason := _too_small(size, rules):
         return reason
     if rules.minimum_image_size is None:
         return None
@@ -105,8 +108,15 @@ def refusal(size: Size, rules: Rules) -> str | None:
 
 
 def _too_small(size: Size, rules: Rules) -> str | None:
-    short = next((plan for plan in plans(size, rules) if plan.upsampled), None)
-    return short and f"{size} is smaller than its training size {short.target}, and would teach the blur of enlarging"
+    for plan in plans(size, rules):
+        if plan.upsampled and not rules.enlarge:
+            return f"{size} is smaller than its training size {plan.target}, and would teach the blur of enlarging"
+        if min(plan.target) < rules.smallest:
+            return (
+                f"{size} would be trained at {plan.target}, with an edge below the {rules.smallest} pixels that the "
+                "model needs: raise the resolution, or type resolution_type pixel"
+            )
+    return None
 
 
 def plans(size: Size, rules: Rules) -> tuple[Plan, ...]:
@@ -114,8 +124,8 @@ def plans(size: Size, rules: Rules) -> tuple[Plan, ...]:
     if rules.crop and rules.crop_aspect == "random":
         return _random_plans(size, rules)
     if rules.crop and rules.crop_aspect == "square":
-        return (_plan(size, _target(Fraction(1), rules), rules),)
-    return (_plan(size, _target(_rounded_aspect(size, rules.aspect_bucket_rounding), rules), rules),)
+        return (_plan(size, _target(Fraction(1), rules, _nearest), rules),)
+    return (_plan(size, _own_target(size, rules), rules),)
 
 
 def crop_box(intermediate: Size, target: Size, style: str, u: float = 0.0, v: float = 0.0) -> tuple[int, int, int, int]:
@@ -145,7 +155,7 @@ def _offset(edge: int, target: int, style: str, draw: float) -> int:
 
 
 def _random_plans(size: Size, rules: Rules) -> tuple[Plan, ...]:
-    every = [(_target(_exact(aspect), rules), weight) for aspect, weight in rules.crop_aspect_buckets]
+    every = [(_target(_exact(aspect), rules, _nearest), weight) for aspect, weight in rules.crop_aspect_buckets]
     filled = [(target, weight) for target, weight in every if _enlargement(size, target) <= 1]
     if not filled:
         filled = [min(every, key=lambda entry: _enlargement(size, entry[0]))]
@@ -156,13 +166,26 @@ def _plan(size: Size, target: Size, rules: Rules, weight: float = 1.0) -> Plan:
     return Plan(size, _intermediate(size, target, rules), target, weight)
 
 
-def _target(aspect: Fraction, rules: Rules) -> Size:
-    """The aligned target of an aspect (width / height): short edge or area as the resolution says."""
+def _own_target(size: Size, rules: Rules) -> Size:
+    """The target of the image's own aspect, rounded; where it may not be enlarged to fill that, rounded down."""
+    target = _target(_rounded_aspect(size, rules.aspect_bucket_rounding), rules, _nearest)
+    if rules.enlarge or _enlargement(size, target) <= 1:
+        return target
+    return _target(Fraction(*size), rules, math.floor)
+
+
+def _target(aspect: Fraction, rules: Rules, rounded: Rounding) -> Size:
+    """The aligned target of an aspect (width / height): short edge or area as the resolution says.
+
+    Args:
+        rounded: how edges become multiples of the alignment.
+    """
     if not rules.in_pixels:
         area = _pixels(rules.resolution)
-        return Size(_aligned(math.sqrt(area * aspect), rules), _aligned(math.sqrt(area / aspect), rules))
+        edges = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        return Size(*(_aligned(edge, rules, rounded) for edge in edges))
     short = int(rules.resolution)
-    long = _aligned(short * max(aspect, 1 / aspect), rules)
+    long = _aligned(short * max(aspect, 1 / aspect), rules, rounded)
     return Size(long, short) if aspect >= 1 else Size(short, long)
 
 
@@ -206,8 +229,8 @@ def _rounded_aspect(size: Size, digits: int) -> Fraction:
     return Fraction(max(1, _nearest(Fraction(size.width * unit, size.height))), unit)
 
 
-def _aligned(edge: Fraction | float, rules: Rules) -> int:
-    return max(rules.alignment, rules.alignment * _nearest(edge / rules.alignment))
+def _aligned(edge: Fraction | float, rules: Rules, rounded: Rounding) -> int:
+    return max(rules.alignment, rules.alignment * rounded(edge / rules.alignment))
 
 
 def _nearest(value: Fraction | float) -> int:

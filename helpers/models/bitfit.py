@@ -10,7 +10,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from helpers.models.facts import Origin, metadata
-from helpers.models.pipelines import write_pipeline
+from helpers.models.pipelines import read_unet, write_pipeline
 
 BIASES_FILE = "bitfit_biases.safetensors"
 
@@ -50,9 +50,14 @@ class BitFit:
         unet.load_state_dict(saved, strict=False)
 
     def export(self, unet: UNet2DConditionModel, base: Path, output: Path) -> Path:
-        """Write the biases, and beside them a whole pipeline, which diffusers can load by itself."""
+        """Write the biases, and beside them a whole pipeline, which diffusers can load by itself.
+
+        It is the base but for the biases, in the base's own dtype: what training kept frozen it may have kept rounded.
+        """
         self.save_weights(unet, output)
-        return write_pipeline(unet, base, output, self.variant, self.origin)
+        tuned = read_unet(base, self.variant)
+        tuned.load_state_dict(_biases(unet), strict=False)
+        return write_pipeline(tuned, base, output, self.variant, self.origin)
 
 
 def _biases(unet: UNet2DConditionModel) -> dict[str, torch.nn.Parameter]:

@@ -16,6 +16,7 @@ class TextOnly:
     """Nothing joins: the UNet sees x_t, and the text through its attention."""
 
     inputs: int = 1  # tensors of the space's channel count that the UNet's first convolution takes
+    class_embed_type: str | None = None
     scheduler: str | None = None
 
     def __call__(
@@ -33,11 +34,13 @@ class NoisedLowRes:
     own, s ~ U{0..T-1}, which the UNet is told as its class label. Both are independent of eps and of t.
 
     Attributes:
+        class_embed_type: how the UNet must be built to be told the level; without it, it would ignore one.
         scale: how many times smaller the low-resolution image is.
         scheduler: the component of the pipeline with the noise's schedule.
     """
 
     inputs: int = 2
+    class_embed_type: str | None = "timestep"
     scale: int = 4
     scheduler: str | None = "image_noising_scheduler"
 

@@ -47,13 +47,20 @@ class AdapterFacts(Origin):
         kind: lora, dora or bitfit; bitfit alone has neither rank nor alpha nor targets.
         rslora: the adapter's output is scaled by alpha / sqrt(rank) instead of alpha / rank.
         targets: the layers that have an adapter, a key of `config.families.LORA_TARGETS`.
+        ranks: other ranks for some of them, as the option `lora_rank_pattern` has them; None where there are none.
     """
 
     kind: str
     rank: int | None = None
     alpha: float | None = None
     targets: str | None = None
+    ranks: str | None = None
     rslora: bool = False
+
+
+def variance_type_of(folder: Path) -> str:
+    """The variance that the scheduler of the pipeline in `folder` samples with, as diffusers names it."""
+    return DDPMScheduler.load_config(folder / "scheduler").get("variance_type", "fixed_small")
 
 
 def origin_of(name: str, family: str, spec: Spec, folder: Path, trains_variance: bool) -> Origin:
@@ -63,14 +70,15 @@ def origin_of(name: str, family: str, spec: Spec, folder: Path, trains_variance:
         name: as the user gave it: a hub id or a folder's path.
         trains_variance: whether the variance is trained too, where the UNet predicts one.
     """
-    channels = UNet2DConditionModel.load_config(folder / "unet")["out_channels"]
-    learned = trains_variance and channels == 2 * spec.space.channels
+    predicted = UNet2DConditionModel.load_config(folder / "unet")["out_channels"] == 2 * spec.space.channels
+    own = variance_type_of(folder)
+    fixed = "fixed_small" if predicted or own.startswith("learned") else own  # the base's, where nothing changes it
     return Origin(
         base_model=Path(name).name if Path(name).is_dir() else name,
         family=family,
         pipeline=spec.pipeline,
         prediction_type=DDPMScheduler.load_config(folder / "scheduler").get("prediction_type", "epsilon"),
-        variance_type="learned_range" if learned else "fixed_small",
+        variance_type="learned_range" if predicted and trains_variance else fixed,
         caption_cleaning=spec.text.cleaning,
         token_length=spec.text.length,
     )

@@ -24,7 +24,8 @@ class Full:
     origin: Origin | None = None
 
     def attach(self, unet: UNet2DConditionModel, weights_dtype: torch.dtype) -> None:
-        unet.to(weights_dtype).requires_grad_(True)
+        for parameter in unet.requires_grad_(True).parameters():
+            parameter.data = parameter.data.to(weights_dtype)
 
     def save_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
         save_unet(unet, folder / "unet")

@@ -17,14 +17,13 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from helpers.config.families import Family
+from helpers.config.families import MODEL_TYPES, Family
 from helpers.config.options import ROWS
 from helpers.diffusion.noising import Schedule, schedule_from_betas
+from helpers.models.families import SPECS
 from helpers.models.parts import LossSettings, Parts, put_together
 from helpers.models.spec import Spec
 
-COMPONENTS = ("unet", "scheduler", "text_encoder", "tokenizer")
-CONFIGS = ["model_index.json", "unet/*.json", "scheduler/*.json", "text_encoder/*.json", "tokenizer/*"]
 SMALLEST_WEIGHTS = 1024  # bytes; any real file of weights is larger, and git LFS's placeholders are smaller
 OPTION = ROWS["pretrained_model_name_or_path"].label
 
@@ -33,29 +32,40 @@ class WeightsError(Exception):
     """The named weights cannot be used; the message says why and what to type instead."""
 
 
-def fetch_configs(name: str, revision: str | None) -> Path:
+def components(spec: Spec) -> tuple[str, ...]:
+    """The folders of a pipeline that a family is trained with."""
+    low_res = spec.conditioning.scheduler
+    return ("unet", "scheduler", "text_encoder", "tokenizer", *([low_res] if low_res else []))
+
+
+def fetch_configs(name: str, revision: str | None, spec: Spec) -> Path:
     """The folder with the model's configuration: the local one, or a snapshot that holds a few small files.
 
     Raises:
         WeightsError: there is neither such a folder nor such a model on the hub, or it cannot be had.
     """
-    return _fetch(name, revision, CONFIGS)
+    return _fetch(name, revision, _config_patterns(spec))
 
 
-def fetch_weights(name: str, revision: str | None, variant: str | None) -> Path:
+def fetch_weights(name: str, revision: str | None, variant: str | None, spec: Spec) -> Path:
     """The folder with the model's weights, downloaded where `name` is not a local folder.
 
     Args:
         variant: the variant of the files to take ("fp16"), or None for the plain ones.
     """
-    return _fetch(name, revision, *file_patterns(variant))
+    return _fetch(name, revision, *file_patterns(variant, spec))
 
 
-def file_patterns(variant: str | None) -> tuple[list[str], list[str]]:
-    """Which files of a hub repository to take and which not: these components, as safetensors, in one variant."""
+def file_patterns(variant: str | None, spec: Spec) -> tuple[list[str], list[str]]:
+    """Which files of a hub repository to take and which not: its components, as safetensors, in one variant."""
     suffixes = [f".{variant}.safetensors", f".{variant}-*.safetensors"] if variant else [".safetensors"]
     weights = [f"{component}/*{suffix}" for component in ("unet", "text_encoder") for suffix in suffixes]
-    return [*CONFIGS, *weights], [] if variant else ["*.fp16*"]
+    return [*_config_patterns(spec), *weights], [] if variant else ["*.fp16*"]
+
+
+def _config_patterns(spec: Spec) -> list[str]:
+    files = [f"{component}/{'*' if component == 'tokenizer' else '*.json'}" for component in components(spec)]
+    return ["model_index.json", *files]
 
 
 def _fetch(name: str, revision: str | None, allow: list[str], ignore: list[str] | None = None) -> Path:
@@ -94,23 +104,27 @@ def check(family: Family, spec: Spec, folder: Path) -> None:
     Raises:
         WeightsError: something is missing, or these are another family's or stage's weights.
     """
-    missing = [name for name in ("model_index.json", *COMPONENTS) if not (folder / name).exists()]
+    missing = [name for name in ("model_index.json", *components(spec)) if not (folder / name).exists()]
+    unet = None if "unet" in missing else _json(folder / "unet" / "config.json")
+    wrong = unet is not None and _wrong_unet(spec, unet)
+    if wrong:  # before what is missing: another stage's pipeline has other components, which is not what is wrong
+        other = _other_family(unet)
+        remedy = f"{other}, or name" if other else f"{wrong}. Name"
+        raise WeightsError(
+            f"{OPTION}: the weights in {folder} are not {family.name}: {remedy} weights of {family.name}, such as"
+            f" {family.flavours[family.default_flavour]}."
+        )
     if missing:
         raise WeightsError(f"{OPTION}: {folder} has no {', '.join(missing)}: it is not a {family.name} pipeline.")
-    unet = _json(folder / "unet" / "config.json")
-    wrong = _wrong_unet(spec, unet)
-    if wrong:
-        raise WeightsError(
-            f"{OPTION}: the weights in {folder} are not {family.name}: {wrong}. Name weights that fit MODEL_TYPE"
-            f" (such as {family.flavours[family.default_flavour]}), or set the MODEL_TYPE that fits the weights."
-        )
     width = _json(folder / "text_encoder" / "config.json").get("d_model")
     if width != unet.get("encoder_hid_dim"):
         raise WeightsError(
             f"{OPTION}: in {folder} the text encoder gives {width} values a token, the UNet takes"
             f" {unet.get('encoder_hid_dim')}. They are not of one model."
         )
-    prediction = _json(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")
+    schedulers = [name for name in components(spec) if name.endswith("scheduler")]
+    configs = {name: _json(folder / name / "scheduler_config.json") for name in schedulers}
+    prediction = configs["scheduler"].get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise WeightsError(f"{OPTION}: {folder} predicts {prediction!r}; {family.name} is trained on epsilon.")
 
@@ -135,14 +149,24 @@ def check_weight_files(folder: Path, variant: str | None) -> None:
                 raise WeightsError(f"{OPTION}: {path} is a placeholder of git LFS: run `git lfs pull` in {folder}.")
 
 
+def _other_family(unet: dict) -> str | None:
+    """Which family a UNet is of, in words, with the types that train it; None if none."""
+    fitting = {key for key, spec in SPECS.items() if not _wrong_unet(spec, unet)}
+    types = {name: family for name, (family, _) in MODEL_TYPES.items() if family.key in fitting}
+    if not types:
+        return None
+    return f"they are {next(iter(types.values())).name}: set MODEL_TYPE (--model_type) to {' or '.join(types)}"
+
+
 def _wrong_unet(spec: Spec, unet: dict) -> str | None:
+    """Why a UNet is not of a family; None if it is."""
     channels, labels = unet.get("in_channels"), unet.get("class_embed_type")
-    if channels == 6 and labels == "timestep" and spec.in_channels == 3:
-        return "they are IF stage II, whose UNet takes 6 channels and a noise level"
     if channels == 4:
         return "their UNet takes 4 channels, as Stable Diffusion's latents have"
     if channels != spec.in_channels:
         return f"their UNet takes {channels} channels instead of {spec.in_channels}"
+    if labels != (needed := spec.conditioning.class_embed_type):
+        return f"their UNet has class_embed_type {labels!r} instead of {needed!r}, by which a noise level is told"
     if unet.get("encoder_hid_dim_type") != "text_proj" or unet.get("addition_embed_type") != "text":
         return "their UNet has no projection of T5 embeddings"
     return None

@@ -32,7 +32,8 @@ class LoRA:
         targets: a key of `LORA_TARGETS`.
         dora: the direction of each weight is adapted and its magnitude learned apart (DoRA, Liu et al. 2024).
         rslora: the output is scaled by alpha / sqrt(rank) instead (Kalajdzievski 2023).
-        ranks: other ranks than `rank`, by the name of a layer among the targets.
+        ranks: other ranks than `rank`, by the name of a layer among the targets. Their output is scaled as that of all
+            others, alpha / rank; with rslora by alpha / sqrt(their own rank), which is its way to treat them alike.
     """
 
     rank: int
@@ -56,12 +57,19 @@ class LoRA:
                 use_dora=self.dora,
                 use_rslora=self.rslora,
                 rank_pattern=dict(self.ranks),
+                alpha_pattern=self._alphas(),
             )
         )
         for parameter in trainable_parameters(unet):
             parameter.data = parameter.data.to(weights_dtype)
         if self.dora:
             _measure_magnitudes(unet)
+
+    def _alphas(self) -> dict[str, float]:
+        """The alpha of each layer with a rank of its own, where it is not the others'."""
+        if self.rslora:
+            return {}
+        return {layer: self.alpha * rank / self.rank for layer, rank in self.ranks.items()}
 
     def save_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
         def write(weights: dict[str, torch.Tensor], path: str) -> None:
@@ -76,6 +84,7 @@ class LoRA:
             alpha=self.alpha,
             targets=self.targets,
             rslora=self.rslora,
+            ranks=",".join(f"{layer}={rank}" for layer, rank in self.ranks.items()) or None,
         )
         getattr(diffusers, self.origin.pipeline).save_lora_weights(
             folder, unet_lora_layers=get_peft_model_state_dict(unet), save_function=write

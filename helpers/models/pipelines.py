@@ -8,6 +8,7 @@ from pathlib import Path
 
 import diffusers
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 
 from helpers.models.facts import Origin
 
@@ -43,6 +44,19 @@ def write_pipeline(unet: UNet2DConditionModel, base: Path, output: Path, variant
     save_unet(unet, partial / "unet")
     shutil.rmtree(pipeline, ignore_errors=True)
     return partial.rename(pipeline)
+
+
+def read_unet(base: Path, variant: str | None) -> UNet2DConditionModel:
+    """A pipeline's UNet as its files have it, in their dtype.
+
+    Args:
+        variant: the variant of its weight files ("fp16"), or None for the plain ones.
+    """
+    stem = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
+    whole, shards = base / "unet" / f"{stem}.safetensors", (base / "unet").glob(f"{stem}-*.safetensors")
+    with safe_open(whole if whole.exists() else next(shards), framework="pt") as file:
+        dtype = file.get_tensor(next(iter(file.keys()))).dtype
+    return UNet2DConditionModel.from_pretrained(base / "unet", dtype=dtype, variant=variant, use_safetensors=True)
 
 
 def save_unet(unet: UNet2DConditionModel, folder: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from helpers.training.rounding import Generators, chunks_of, flat, scatter, stochastically_rounded
+from helpers.training.rounding import Generators, chunks_of, flat, scatter, slices, stochastically_rounded
 
 
 class AdamWBf16(torch.optim.Optimizer):
@@ -19,7 +19,8 @@ class AdamWBf16(torch.optim.Optimizer):
     Kahan summation in bfloat16 goes less far: it loses steps below 2^-17 of the weight, so norm scales and weight decay
     stand still at small rates.
 
-    Parameters are gathered into flat chunks, so that a step takes some dozens of kernels, not some for each parameter.
+    Parameters are gathered into flat chunks, and large ones cut into several: so a step takes some dozens of kernels, not
+    some for each parameter, and little memory beside what stays.
     The random bits come from a generator seeded with the step: a resumed run draws the same ones.
     """
 
@@ -35,16 +36,30 @@ class AdamWBf16(torch.optim.Optimizer):
             group["step"] += 1
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             generators = Generators(group["step"])
-            for chunk in chunks_of(parameters):
-                self._update(chunk, group, generators.on(chunk[0].device))
+            states = [self._state_of(parameter) for parameter in parameters]
+            rows = (
+                parameters,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [parameter.grad for parameter in parameters],
+            )
+            pieces = [[piece for tensor in row for piece in slices(tensor)] for row in rows]
+            for chunk in chunks_of(pieces[0]):
+                *kept, gradients = (row[chunk] for row in pieces)
+                self._update(kept, gradients, group, generators.on(gradients[0].device))
         return loss
 
-    def _update(self, chunk: Sequence[Parameter], group: dict[str, Any], generator: torch.Generator) -> None:
+    def _update(
+        self,
+        kept: Sequence[Sequence[Tensor]],
+        gradients: Sequence[Tensor],
+        group: dict[str, Any],
+        generator: torch.Generator,
+    ) -> None:
+        """`kept`: weights, means of gradients, and means of squared ones, which are updated in place."""
         beta1, beta2 = group["betas"]
-        states = [self._state_of(parameter) for parameter in chunk]
-        kept = (list(chunk), [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states])
         weights, exp_avg, exp_avg_sq = (flat(tensors) for tensors in kept)
-        gradient = flat([parameter.grad for parameter in chunk])
+        gradient = flat(gradients)
         exp_avg.lerp_(gradient, 1 - beta1)
         exp_avg_sq.lerp_(gradient.square_(), 1 - beta2)
         root = (exp_avg_sq / (1 - beta2 ** group["step"])).sqrt_().add_(group["eps"])

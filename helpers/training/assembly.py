@@ -6,14 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from diffusers import UNet2DConditionModel
 
-from helpers.config.options import Config, LossOptions, OptimizerOptions, TrainingOptions
+from helpers.config.options import ROWS, Config, LossOptions, OptimizerOptions, TrainingOptions
 from helpers.diffusion.timesteps import TimestepBias
 from helpers.models import loading
 from helpers.models.adapters import Adapter, trainable_parameters
@@ -32,6 +31,8 @@ from helpers.training.schedules import LearningRate
 IDENTITY = (
     "model_type",
     "pretrained_model_name_or_path",
+    "revision",
+    "variant",
     "lora_rank",
     "lora_rank_pattern",
     "lora_alpha",
@@ -76,6 +77,34 @@ def loaded_dtype(adapter: Adapter, precision: Precision) -> torch.dtype:
     return precision.trained if isinstance(adapter, Full) else precision.frozen
 
 
+def with_usable_attention(config: Config) -> Config:
+    """The config itself; where its xformers cannot be used here, with PyTorch's own attention, which is said."""
+    problem = xformers_problem() if config.training.attention_mechanism == "xformers" else None
+    if problem is None:
+        return config
+    label = ROWS["attention_mechanism"].label
+    print(f"{label}: xformers is not usable here ({problem}); PyTorch's SDPA is used instead, at no more memory.")
+    return config.model_copy(update={"training": config.training.model_copy(update={"attention_mechanism": "sdpa"})})
+
+
+def xformers_problem() -> str | None:
+    """Why xformers cannot train here, in a line; None if it can.
+
+    A build for another GPU or another PyTorch can be imported, and fails in its first kernel; some have only the
+    forward one.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.zeros(1, 2, 40, device=device, dtype=dtype, requires_grad=True)
+            memory_efficient_attention(x, x, x).sum().backward()
+    except Exception as error:  # whatever it is, there is another attention
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None if device == "cuda" else "it needs an NVIDIA GPU"
+
+
 def create_accelerator(config: Config) -> Accelerator:
     """accelerate's part of a run, with its tracker writing below `output_dir/logs`."""
     training, run = config.training, config.run
@@ -116,10 +145,19 @@ def identity_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: options[name] for name in IDENTITY}
 
 
-def total_steps(training: TrainingOptions, batches_in_epoch: int) -> int:
-    """Optimizer steps of the run: by steps or by epochs, whichever ends first where both are set."""
+class Ending(NamedTuple):
+    """When a run ends: after so many optimizer steps, as these options say."""
+
+    steps: int
+    options: tuple[str, ...]
+
+
+def ending(training: TrainingOptions, batches_in_epoch: int) -> Ending:
+    """By steps or by epochs, whichever ends first where both are set."""
     by_epochs = math.ceil(training.num_train_epochs * batches_in_epoch / training.gradient_accumulation_steps)
-    return min(limit for limit in (training.max_train_steps, by_epochs) if limit)
+    limits = {"max_train_steps": training.max_train_steps, "num_train_epochs": by_epochs}
+    steps = min(limit for limit in limits.values() if limit)
+    return Ending(steps, tuple(option for option, limit in limits.items() if limit == steps))
 
 
 def loss_settings(loss: LossOptions) -> LossSettings:
@@ -146,7 +184,12 @@ def learning_rate_of(optimizer: OptimizerOptions, steps: int) -> LearningRate:
 
 
 def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accelerator: Accelerator, steps: int) -> Run:
-    """Load the UNet, attach what is trained, and make the optimizer: a run at step 0."""
+    """Load the UNet, attach what is trained, and make the optimizer: a run at step 0.
+
+    Args:
+        config: from `with_usable_attention`.
+        steps: optimizer steps of the whole run.
+    """
     training, precision = config.training, precision_of(config.training)
     torch.manual_seed(training.seed)  # the adapter's first values
     dtype = loaded_dtype(adapter, precision)
@@ -155,7 +198,7 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
     if training.gradient_checkpointing:
         checkpoint_everything(parts.unet)
     if training.attention_mechanism == "xformers":
-        _use_xformers(parts.unet)
+        parts.unet.enable_xformers_memory_efficient_attention()
     parts = parts.to(accelerator.device)
     options = config.optimizer
     adam = AdamSettings(options.adam_beta1, options.adam_beta2, options.adam_epsilon, options.adam_weight_decay)
@@ -171,10 +214,3 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
         generator=torch.Generator(accelerator.device).manual_seed(training.seed),
         ema=EMA(trainable_parameters(parts.unet), options.ema_decay) if options.use_ema else None,
     )
-
-
-def _use_xformers(unet: UNet2DConditionModel) -> None:
-    try:
-        unet.enable_xformers_memory_efficient_attention()
-    except (ModuleNotFoundError, ValueError, NotImplementedError):
-        print("USE_XFORMERS: xformers is not usable here; PyTorch's own attention (SDPA) is used, at no more memory.")

@@ -126,10 +126,12 @@ def require_same(folder: Path, identity: Mapping[str, Any], data: Mapping[str, s
     """
     saved = _unpack(_read(folder), None)
     settings, datasets = saved.get("identity", {}), saved.get("data", {})
+    # A checkpoint from before an option was added was made with what is now the default.
+    was = {option: settings.get(option, ROWS[option].field.default) for option in identity}
     differing = [
-        f"{ROWS[option].label} was {settings.get(option)!r} and is now {value!r}"
+        f"{ROWS[option].label} was {was[option]!r} and is now {value!r}"
         for option, value in identity.items()
-        if settings.get(option) != value
+        if was[option] != value
     ]
     differing += [f"dataset {name!r} is new" for name in data.keys() - datasets.keys()]
     differing += [f"dataset {name!r} is gone" for name in datasets.keys() - data.keys()]

@@ -10,9 +10,13 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch.nn import Parameter
 
+from helpers.training.rounding import chunks_of, slices
+
 
 class EMA:
     """An exponential moving average in float32, by diffusers' `EMAModel`, of the parameters that are trained.
+
+    Its own update would take a copy of the whole average, so here it goes a chunk at a time.
 
     At update n the old average counts min(decay, n / (9 + n)), so that it covers about the last tenth of a run until
     `decay` is reached: at 0.999 after 9,000 steps.
@@ -32,7 +36,13 @@ class EMA:
 
     def update(self) -> None:
         """Take in the parameters as they are, once an optimizer step."""
-        self._average.step(self._parameters)
+        self._average.optimization_step += 1
+        share = 1 - self._average.get_decay(self._average.optimization_step)
+        averages = [piece for average in self._average.shadow_params for piece in slices(average)]
+        weights = [piece.detach() for parameter in self._parameters for piece in slices(parameter)]
+        for chunk in chunks_of(weights):
+            differences = torch._foreach_sub(averages[chunk], weights[chunk])
+            torch._foreach_sub_(averages[chunk], differences, alpha=share)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

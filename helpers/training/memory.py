@@ -25,10 +25,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from helpers.diffusion.noising import schedule_from_betas
+from helpers.diffusion.objective import EpsilonObjective
 from helpers.models.adapters import Adapter, trainable_parameters
 from helpers.models.gradient_checkpointing import checkpoint_everything
 from helpers.sizes import Size
-from helpers.training.rounding import chunks_of
+from helpers.training.rounding import chunks_of, slices
 
 META = torch.device("meta")
 
@@ -46,6 +48,8 @@ class Setup:
         size: of the largest x.
         tokens: positions of the text.
         accumulates: whether gradients wait while further batches are computed.
+        trains_variance: whether that is in the loss, where the UNet predicts one.
+        channels: of x.
     """
 
     architecture: Path
@@ -60,6 +64,8 @@ class Setup:
     size: Size
     tokens: int
     accumulates: bool = False
+    trains_variance: bool = True
+    channels: int = 3
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def estimate(setup: Setup) -> Memory:
     phases = [
         gradients + ledger.most_activations if setup.accumulates else ledger.most,
         gradients + UPDATE_BYTES[setup.optimizer](trained),
-        ema,  # of which the update makes a copy, when the gradients are gone
+        _in_chunks(8, 4)(trained) if setup.ema else 0,  # the average's update, when the gradients are gone
     ]
     peak = weights + optimizer + ema + max(phases)
     return Memory(weights, gradients, optimizer, ema, ledger.most_activations, peak)
@@ -129,20 +135,34 @@ def _unet_without_data(setup: Setup) -> UNet2DConditionModel:
 
 def _pass(unet: UNet2DConditionModel, setup: Setup) -> Ledger:
     """A forward and a backward pass on the meta device."""
-    config, count = unet.config, setup.batch_size
     ledger = Ledger(unet.parameters())
     for parameter in trainable_parameters(unet):
         parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
-    width = config.encoder_hid_dim or config.cross_attention_dim
+    objective = _objective(setup.trains_variance and unet.config.out_channels == 2 * setup.channels)
     with ledger, META:
-        x = torch.empty(count, config.in_channels, setup.size.height, setup.size.width, dtype=unet.dtype)
-        text = torch.empty(count, setup.tokens, width, dtype=unet.dtype)
-        t = torch.empty(count, dtype=torch.int64)
-        labels = None if config.class_embed_type is None else torch.empty_like(t)
         with AsOnCuda(setup.autocast):
-            output = unet(x, t, text, class_labels=labels).sample
-        output.float().square().mean().backward()
+            loss = _loss(unet, objective, setup)
+        loss.backward()
     return ledger
+
+
+def _loss(unet: UNet2DConditionModel, objective: EpsilonObjective, setup: Setup) -> Tensor:
+    """That of `step.training_loss`, of tensors without data."""
+    config, count = unet.config, setup.batch_size
+    width = config.encoder_hid_dim or config.cross_attention_dim
+    x, x_t, noise = (torch.empty(count, setup.channels, setup.size.height, setup.size.width) for _ in range(3))
+    unet_input = x_t if config.in_channels == setup.channels else torch.cat([x_t, x], 1)
+    text = torch.empty(count, setup.tokens, width, dtype=unet.dtype)
+    t = torch.empty(count, dtype=torch.int64)
+    labels = None if config.class_embed_type is None else torch.empty_like(t)
+    output = unet(unet_input.to(unet.dtype), t, text, class_labels=labels).sample
+    return objective(output.float(), x, x_t, noise, t)
+
+
+def _objective(trains_variance: bool) -> EpsilonObjective:
+    """The loss, on any schedule: its numbers make no difference."""
+    schedule = schedule_from_betas(torch.linspace(1e-4, 0.02, 1000))
+    return EpsilonObjective(schedule, trains_variance, torch.ones(schedule.timesteps)).to(META)
 
 
 class Ledger(TorchDispatchMode):
@@ -226,8 +246,9 @@ def _moments(count: int, scalars: int = 0) -> Callable[[Sequence[Parameter]], in
 
 def _bitsandbytes(parameters: Sequence[Parameter]) -> int:
     """Two moments of 8 bits with a scale for each 256, of smaller parameters in float32; and two tables of 256."""
-    large = [parameter.numel() for parameter in parameters if parameter.numel() >= 4096]
-    small = [parameter.numel() for parameter in parameters if parameter.numel() < 4096]
+    in_float32 = parameters[0].dtype == torch.float32  # else it is given slices of the large ones
+    counts = [piece.numel() for one in parameters for piece in ([one] if in_float32 else slices(one))]
+    large, small = [count for count in counts if count >= 4096], [count for count in counts if count < 4096]
     return sum(2 * count + 8 * -(-count // 256) for count in large) + 8 * sum(small) + 2048 * bool(large)
 
 
@@ -239,12 +260,11 @@ def _torchao(parameters: Sequence[Parameter]) -> int:
 
 
 def _adafactor(parameters: Sequence[Parameter]) -> int:
-    """The second moment's sums over each of the last two dimensions, where there are two; always float32."""
+    """The second moment's sums over rows and columns, of weights with several dimensions; always float32."""
 
     def count(parameter: Parameter) -> int:
-        if parameter.ndim < 2:
-            return parameter.numel()
-        return parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2]
+        rows = len(parameter)
+        return rows if parameter.ndim < 2 else rows + parameter.numel() // rows
 
     return sum(4 * count(parameter) + 4 for parameter in parameters)
 
@@ -261,11 +281,12 @@ STATE_BYTES: Mapping[str, Callable[[Sequence[Parameter]], int]] = {
 """What each optimizer keeps for these parameters after its first step."""
 
 
-def _in_chunks(bfloat16: int, float32: int) -> Callable[[Sequence[Parameter]], int]:
+def _in_chunks(bfloat16: int, float32: int, sliced: bool = True) -> Callable[[Sequence[Parameter]], int]:
     """Bytes for each element of the largest chunk, by the parameters' dtype."""
 
     def count(parameters: Sequence[Parameter]) -> int:
-        chunks = [sum(parameter.numel() for parameter in chunk) for chunk in chunks_of(parameters)]
+        pieces = [piece for one in parameters for piece in slices(one)] if sliced else parameters
+        chunks = [sum(piece.numel() for piece in pieces[chunk]) for chunk in chunks_of(pieces)]
         of_each = bfloat16 if parameters[0].dtype == torch.bfloat16 else float32
         return of_each * max(chunks)
 
@@ -279,11 +300,11 @@ def _one_by_one(of_each: int) -> Callable[[Sequence[Parameter]], int]:
 
 UPDATE_BYTES: Mapping[str, Callable[[Sequence[Parameter]], int]] = {
     "adamw": lambda parameters: 0,
-    "adamw_bf16": _in_chunks(32, 20),
-    "adamw8bit": _in_chunks(20, 0),
+    "adamw_bf16": _in_chunks(27, 20),
+    "adamw8bit": _in_chunks(15, 0),
     "ao_adamw8bit": _one_by_one(8),  # as float32 both moments; what the compiler makes of its step differs
-    "adafactor": lambda parameters: max(_in_chunks(20, 0)(parameters), _one_by_one(12)(parameters)),
-    "lion": _in_chunks(20, 0),
+    "adafactor": lambda parameters: max(_in_chunks(15, 0, sliced=False)(parameters), _one_by_one(12)(parameters)),
+    "lion": _in_chunks(15, 0),
     "prodigy": _one_by_one(9),
 }
 """What each optimizer's step works with, at the most."""

@@ -15,6 +15,12 @@ from helpers.training import assembly
 from helpers.training.memory import Memory, Setup, estimate
 
 GB, MB = 1e9, 1e6
+SMALL_STATE = "adamw8bit"  # the smallest that steps as AdamW does
+
+TEXT_ENCODER = (
+    "  before that, for captions that are not cached yet, their encoder: T5-XXL takes about 10 GB"
+    " (TEXT_ENCODER_DEVICE=cpu, --text_encoder_device, keeps it off the GPU)"
+)
 
 
 def shown(count: int) -> str:
@@ -39,6 +45,8 @@ def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setu
         size=size,
         tokens=spec.text.length,
         accumulates=training.gradient_accumulation_steps > 1,
+        trains_variance=config.loss.train_variance,
+        channels=spec.space.channels,
     )
 
 
@@ -46,6 +54,8 @@ def report(config: Config, spec: Spec, architecture: Path, size: Size, free: int
     """All parts for a dry run, a line for a real one; and a warning where the GPU has fewer bytes `free`."""
     memory, batch = estimate(setup_of(config, spec, architecture, size)), config.training.train_batch_size
     lines = [describe(memory, batch, size) if config.run.dry_run else in_a_line(memory, batch, size)]
+    if config.run.dry_run and config.data.text_encoder_device == "auto":
+        lines.append(TEXT_ENCODER)
     if free is not None and free < memory.peak:
         lines.append(warning(config, spec, architecture, size, memory.peak, free))
     return "\n".join(lines)
@@ -71,14 +81,16 @@ def warning(config: Config, spec: Spec, architecture: Path, size: Size, needed: 
     ways = [(estimate(setup_of(changed, spec, architecture, size)).peak, name) for name, changed in savings(config)]
     helpful = sorted(way for way in ways if way[0] < needed)
     if not helpful:
-        return f"{words}No option lowers that: train a smaller model, or on a GPU with more memory."
+        edge = config.family.resolution
+        images = "on smaller images (RESOLUTION, --resolution), " if size.width * size.height > edge * edge else ""
+        return f"{words}No option that saves memory lowers that: train {images}a smaller model, or on a larger GPU."
     lines = [f"  to {shown(peak)}: {name}" for peak, name in helpful]
     return "\n".join([f"{words}Each of these lowers that:", *lines])
 
 
 def savings(config: Config) -> Iterator[tuple[str, Config]]:
     """Each option that saves memory and is not used yet, in words, with the config that it makes."""
-    training, optimizer = config.training, config.optimizer.optimizer
+    training, optimizer, all_weights = config.training, config.optimizer.optimizer, config.training_kind == "full"
     if not training.gradient_checkpointing:
         changed = _changed(config, "training", gradient_checkpointing=True)
         yield "USE_GRADIENT_CHECKPOINTING=true (--gradient_checkpointing)", changed
@@ -91,10 +103,22 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
         fitting = "adamw_bf16" if OPTIMIZERS[optimizer].lost_in_bf16 else optimizer
         changed = _changed(config, "training", mixed_precision="bf16", pure_bf16=True)
         precision = "PURE_BF16=true (--pure_bf16) with MIXED_PRECISION=bf16 (--mixed_precision)"
-        words = f"{precision} and OPTIMIZER={fitting} (--optimizer)"
-        yield words, _changed(changed, "optimizer", optimizer=fitting)
-    if config.training_kind == "full" and not training.use_bitfit:
+        words, changed = _with_optimizer(changed, fitting)
+        yield f"{precision} and {words}", changed
+    if all_weights and optimizer != SMALL_STATE:
+        yield _with_optimizer(config, SMALL_STATE)
+    if config.optimizer.use_ema:
+        yield "USE_EMA=false (--use_ema)", _changed(config, "optimizer", use_ema=False)
+    if all_weights and not training.use_bitfit:
         yield f"MODEL_TYPE={config.lora_type} (--model_type)", _changed(config, "model", model_type=config.lora_type)
+
+
+def _with_optimizer(config: Config, name: str) -> tuple[str, Config]:
+    """In words, with the rate that it needs where that of the config's optimizer means another thing; and the config."""
+    rate, words = OPTIMIZERS[name].learning_rate, f"OPTIMIZER={name} (--optimizer)"
+    if OPTIMIZERS[config.optimizer.optimizer].learning_rate != rate:
+        words += f" with LEARNING_RATE={rate:g} (--learning_rate)"
+    return words, _changed(config, "optimizer", optimizer=name)
 
 
 def _changed(config: Config, group: str, **values: object) -> Config:

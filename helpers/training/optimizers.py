@@ -33,13 +33,13 @@ class AdamSettings:
 Make = Callable[[Sequence[Parameter], float, AdamSettings], torch.optim.Optimizer]
 
 
-def _for_bf16_too(make: Make) -> Make:
+def _for_bf16_too(make: Make, elementwise: bool) -> Make:
     """An optimizer of float32 weights, made to lose nothing where the weights are bfloat16."""
 
     def made(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
         if all(parameter.dtype == torch.float32 for parameter in parameters):
             return make(parameters, lr, adam)
-        return InFloat32(parameters, lr, lambda stand_ins: make(stand_ins, lr, adam))
+        return InFloat32(parameters, lr, lambda stand_ins: make(stand_ins, lr, adam), elementwise)
 
     return made
 
@@ -74,9 +74,9 @@ def _adafactor(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -
 
     PyTorch's own scales each step by the size of the weights, so that a LoRA, which begins at zero, hardly moves.
     """
-    from transformers.optimization import Adafactor
+    from helpers.training.adafactor import MatrixAdafactor
 
-    return Adafactor(parameters, lr, weight_decay=adam.weight_decay, scale_parameter=False, relative_step=False)
+    return MatrixAdafactor(parameters, lr, weight_decay=adam.weight_decay, scale_parameter=False, relative_step=False)
 
 
 def _lion(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
@@ -97,9 +97,9 @@ def _prodigy(parameters: Sequence[Parameter], lr: float, adam: AdamSettings) -> 
 OPTIMIZERS: dict[str, Make] = {
     "adamw": _adamw,
     "adamw_bf16": _adamw_bf16,
-    "adamw8bit": _for_bf16_too(_adamw8bit),
+    "adamw8bit": _for_bf16_too(_adamw8bit, elementwise=True),
     "ao_adamw8bit": _ao_adamw8bit,
-    "adafactor": _for_bf16_too(_adafactor),
-    "lion": _for_bf16_too(_lion),
+    "adafactor": _for_bf16_too(_adafactor, elementwise=False),
+    "lion": _for_bf16_too(_lion, elementwise=True),
     "prodigy": _prodigy,
 }

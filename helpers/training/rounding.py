@@ -14,7 +14,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 CHUNK = 1 << 22
-"""Elements that are updated at a time, which bounds the float32 copies (20 to 32 bytes an element) of large models."""
+"""Elements that are updated at a time, which bounds the float32 copies (15 to 27 bytes an element) of large models.
+
+Whole blocks of 256, so that moments of 8 bits have the same scales in slices. It decides which states `InFloat32` keeps:
+with another value checkpoints cannot be gone on with.
+"""
 
 
 class InFloat32(torch.optim.Optimizer):
@@ -23,16 +27,27 @@ class InFloat32(torch.optim.Optimizer):
     It is given float32 stand-ins of weights and gradients, and the weights take what it makes of them, rounded
     stochastically. A stand-in has values only while its chunk is updated; what stays is the other optimizer's own
     state. The random bits come from a generator seeded with the step: a resumed run draws the same ones.
+
+    Args:
+        make: gives the other optimizer, with one group, of the parameters that it is called with.
+        elementwise: whether it may be given a large parameter in slices, since no element's step needs the others.
     """
 
     def __init__(
-        self, params: Iterable[Parameter], lr: float, make: Callable[[list[Parameter]], torch.optim.Optimizer]
+        self,
+        params: Iterable[Parameter],
+        lr: float,
+        make: Callable[[list[Parameter]], torch.optim.Optimizer],
+        elementwise: bool,
     ) -> None:
-        """`make` gives the other optimizer, with one group, of the parameters that it is called with."""
         super().__init__(params, {"lr": lr, "step": 0})
         [group] = self.param_groups
-        self._stand_ins = {parameter: Parameter(_nothing(parameter)) for parameter in group["params"]}
-        self._inner = make(list(self._stand_ins.values()))
+        self._pieces_of = slices if elementwise else _whole
+        self._stand_ins = {
+            parameter: [Parameter(_nothing(piece)) for piece in self._pieces_of(parameter)]
+            for parameter in group["params"]
+        }
+        self._inner = make([stand_in for pieces in self._stand_ins.values() for stand_in in pieces])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -41,22 +56,19 @@ class InFloat32(torch.optim.Optimizer):
         group["step"] += 1
         inner["lr"], everything = group["lr"], inner["params"]
         generators = Generators(group["step"])
-        for chunk in chunks_of([parameter for parameter in group["params"] if parameter.grad is not None]):
-            inner["params"] = [self._stand_ins[parameter] for parameter in chunk]
-            weights = self._lend_values(chunk, inner["params"])
+        parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+        weights = [piece for parameter in parameters for piece in self._pieces_of(parameter)]
+        gradients = [piece for parameter in parameters for piece in self._pieces_of(parameter.grad)]
+        stand_ins = [stand_in for parameter in parameters for stand_in in self._stand_ins[parameter]]
+        for chunk in chunks_of(weights):
+            kept, inner["params"] = weights[chunk], stand_ins[chunk]
+            values = _lend(inner["params"], kept, gradients[chunk])
             self._inner.step()
-            scatter(chunk, stochastically_rounded(weights, chunk[0].dtype, generators.on(chunk[0].device)))
-            for parameter in inner["params"]:
-                parameter.data, parameter.grad = _nothing(parameter), None
+            scatter(kept, stochastically_rounded(values, kept[0].dtype, generators.on(kept[0].device)))
+            for stand_in in inner["params"]:
+                stand_in.data, stand_in.grad = _nothing(stand_in), None
         inner["params"] = everything
         return loss
-
-    def _lend_values(self, chunk: Sequence[Parameter], stand_ins: Sequence[Parameter]) -> Tensor:
-        """Give the stand-ins the chunk's values and gradients; returns the memory that all the values lie in."""
-        weights, gradients = flat(chunk), flat([parameter.grad for parameter in chunk])
-        for stand_in, value, gradient in zip(stand_ins, views(weights, chunk), views(gradients, chunk)):
-            stand_in.data, stand_in.grad = value, gradient
-        return weights
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "inner": self._inner.state_dict()}
@@ -66,17 +78,34 @@ class InFloat32(torch.optim.Optimizer):
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "inner"})
 
 
+def _lend(stand_ins: Sequence[Parameter], weights: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """Give the stand-ins values and gradients in float32; returns the memory that all the values lie in."""
+    values = flat(weights)
+    for stand_in, value, gradient in zip(stand_ins, views(values, weights), views(flat(gradients), gradients)):
+        stand_in.data, stand_in.grad = value, gradient
+    return values
+
+
+def _whole(tensor: Tensor) -> Sequence[Tensor]:
+    return [tensor]
+
+
 def _nothing(like: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=like.device)
 
 
 def stochastically_rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """float32 `values` in `dtype`; for bfloat16 rounded to one of two neighbours, on average to the value itself."""
+    """float32 `values` in `dtype`; for bfloat16 rounded to one of two neighbours, on average to the value itself.
+
+    Infinities and NaN stay what they are.
+    """
     if dtype != torch.bfloat16:
         return values.to(dtype)
     # bfloat16 is the upper half of a float32: noise of the size of the lower half carries with just that probability.
     noise = torch.randint(1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    rounded = noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    # CUDA's NaN has all its lower bits set: with the noise it would have become -0.0, and look sound.
+    return rounded.masked_fill_(values.isnan(), torch.nan)
 
 
 class Generators:
@@ -92,19 +121,22 @@ class Generators:
         return self._by_device[device]
 
 
-def chunks_of(parameters: Sequence[Parameter]) -> Iterator[list[Parameter]]:
-    """Runs of parameters of one device and dtype, of up to `CHUNK` elements; a larger one is a chunk by itself."""
-    chunk: list[Parameter] = []
-    elements = 0
-    for parameter in parameters:
-        alike = chunk and (chunk[0].device, chunk[0].dtype) == (parameter.device, parameter.dtype)
-        if chunk and not (alike and elements + parameter.numel() <= CHUNK):
-            yield chunk
-            chunk, elements = [], 0
-        chunk.append(parameter)
-        elements += parameter.numel()
-    if chunk:
-        yield chunk
+def slices(tensor: Tensor) -> Sequence[Tensor]:
+    """The tensor itself; of one that is larger than a chunk its elements, flat, a chunk at a time. All are views."""
+    return [tensor] if tensor.numel() <= CHUNK else tensor.detach().view(-1).split(CHUNK)
+
+
+def chunks_of(tensors: Sequence[Tensor]) -> Iterator[slice]:
+    """Runs of tensors of one device and dtype, of up to `CHUNK` elements; a larger one is a chunk by itself."""
+    start = elements = 0
+    for index, tensor in enumerate(tensors):
+        alike = (tensors[start].device, tensors[start].dtype) == (tensor.device, tensor.dtype)
+        if index > start and not (alike and elements + tensor.numel() <= CHUNK):
+            yield slice(start, index)
+            start, elements = index, 0
+        elements += tensor.numel()
+    if tensors:
+        yield slice(start, len(tensors))
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

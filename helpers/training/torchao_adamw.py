@@ -18,6 +18,7 @@ class TorchaoAdamW8bit(AdamW8bit):
     """AdamW with moments of 8 bits (Dettmers et al. 2022, blocks of 256), rounded stochastically to bfloat16 weights.
 
     torchao compiles the step for each shape of weights. On a CPU that would need a C++ compiler, so it is not done.
+    Its rounding makes -0.0 of CUDA's NaN, 0x7FFFFFFF, which would look sound: here such weights become NaN.
     """
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -25,7 +26,10 @@ class TorchaoAdamW8bit(AdamW8bit):
             group["lr"] = torch.as_tensor(group["lr"])  # torchao takes no number, which would be compiled in
         on_cpu = self.param_groups[0]["params"][0].device.type == "cpu"
         with torch.compiler.set_stance("force_eager") if on_cpu else nullcontext():
-            return super().step(closure)
+            loss = super().step(closure)
+        for parameter in (one for group in self.param_groups for one in group["params"] if one.grad is not None):
+            parameter.detach().masked_fill_(parameter.grad.isnan(), torch.nan)
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
         packed = super().state_dict()

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from helpers.data.dataset import Dataset
 from helpers.data.scan import Record
-from helpers.files import write_whole
+from helpers.files import printable, write_whole
 from helpers.images import loading
 from helpers.images.geometry import covering, crop_box
 from helpers.models.conditioning import reduce
@@ -31,36 +31,96 @@ from helpers.validation.sheet import Cell
 
 REMEMBERED = "eval_images.json"
 CURVE = "validation/psnr"
+NAMED = 3
+"""How many of the images that are too small a note names."""
+MOST_DB = 100.0
+"""What equal pictures score: more than any that differ (one value of 64x64 pixels off by one: 89 dB), but finite."""
 
 
 @dataclass(frozen=True)
 class EvalImage:
-    """An image to upscale, with the name that its files have, its caption and the caption's embedding `[length, D]`."""
+    """An image to upscale.
+
+    Attributes:
+        name: what its files are called.
+        embeds: the caption's embedding `[length, D]`.
+        sizes: what it is upscaled to; it fills each of them.
+    """
 
     name: str
     path: Path
     caption: str
     embeds: Tensor
+    sizes: tuple[Size, ...]
 
 
-def choose(datasets: Sequence[Dataset], count: int, seed: int, output: Path) -> dict[str, list[Record]]:
-    """`count` images of each dataset, without replacement, by the seed; all of them where there are fewer.
+@dataclass(frozen=True)
+class Choice:
+    """Of each dataset, by its id, the images to upscale, each with the sizes that it is upscaled to.
 
-    They are remembered in the output folder and stay the same in every later run, as long as their files are there.
+    `notes` are what the user should be told.
+    """
+
+    images: Mapping[str, Mapping[Record, tuple[Size, ...]]]
+    notes: tuple[str, ...]
+
+
+def choose(datasets: Sequence[Dataset], sizes: Sequence[Size], count: int, seed: int, output: Path) -> Choice:
+    """For each size `count` images of each dataset, without replacement, by the seed; all where there are fewer.
+
+    Only images that fill the size: one that had to be enlarged is no original to compare with. They are remembered in
+    the output folder and stay the same in every later run, as long as their files are there.
     """
     path = output / REMEMBERED
-    remembered = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    chosen = {}
+    remembered, notes = _remembered(path)
+    images = {}
     for dataset in datasets:
         records = {dataset.relative(record): record for record in dataset.records}
         drawn = sorted(records)
         random.Random(f"{seed} {dataset.id}").shuffle(drawn)
-        kept = [name for name in remembered.get(dataset.id, []) if name in records]
-        names = list(dict.fromkeys(kept + drawn))[:count]
-        chosen[dataset.id] = [records[name] for name in names]
-        remembered[dataset.id] = names
+        names = list(dict.fromkeys([*remembered.get(dataset.id, []), *drawn]))
+        found = [name for name in names if name in records]
+        shown = {size: [name for name in found if _fills(records[name].size, size)][:count] for size in sizes}
+        chosen = {name: tuple(size for size in sizes if name in shown[size]) for name in found}
+        images[dataset.id] = {records[name]: own for name, own in chosen.items() if own}
+        # Those of an earlier run stay, though this one may show fewer, or none.
+        remembered[dataset.id] = [name for name in names if chosen.get(name) or name in remembered.get(dataset.id, [])]
+        notes += [note for size in sizes if (note := _too_few(dataset, size, len(shown[size]), count))]
     write_whole(path, (json.dumps(remembered, indent=2) + "\n").encode())
-    return chosen
+    return Choice(images, tuple(notes))
+
+
+def _remembered(path: Path) -> tuple[dict[str, list[str]], list[str]]:
+    """The images of earlier runs by their datasets, and what to tell of the file."""
+    if not path.exists():
+        return {}, []
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict) and all(_are_names(names) for names in content.values()):
+        return content, []
+    return {}, [f"{path} is damaged: eval images are chosen anew, by VALIDATION_SEED (--validation_seed)."]
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _fills(size: Size, target: Size) -> bool:
+    return size.width >= target.width and size.height >= target.height
+
+
+def _too_few(dataset: Dataset, size: Size, shown: int, count: int) -> str | None:
+    """What to tell of images that were passed over, where they are missed."""
+    small = [record for record in dataset.records if not _fills(record.size, size)]
+    if shown == count or not small:
+        return None
+    named = ", ".join(f"{printable(record.path.name)} ({record.size})" for record in small[:NAMED])
+    return (
+        f"dataset {dataset.id!r}: {shown} of {count} eval images at {size} (NUM_EVAL_IMAGES, --num_eval_images): "
+        f"{len(small):,} images do not fill it, such as {named}, and enlarged would be no originals to compare with."
+    )
 
 
 def file_name(dataset: Dataset, record: Record) -> str:
@@ -90,24 +150,30 @@ class Upscales:
         return {
             f"{image.name}_{size}": f"{image.caption} ({size})"
             for image in self.eval_images
-            for size in self.sampling.sizes
+            for size in image.sizes
         }
 
     def render(self, run: Run, folder: Path) -> Rendered:
-        """A row per picture: low resolution, bicubic, the model's, the original; their PSNR in `psnr.json` as well."""
+        """A row per picture: low resolution, bicubic, the model's, the original; their PSNR in `psnr.json` as well.
+
+        Images whose files cannot be read any more are left out, which is said.
+
+        Raises:
+            ValueError: there is no other.
+        """
         pipeline = self.sampling.pipeline(run)
         rows, psnrs = [], {}
         for size in tqdm(self.sampling.sizes, desc=f"Validation at step {run.step}", unit="size", leave=False):
-            originals = [self._original(image, size) for image in self.eval_images]
+            images, originals = self._originals(size)
             low = [low_resolution(original, self.scale) for original in originals]
             outputs = self.sampling.images(
                 pipeline,
                 size,
-                [image.embeds for image in self.eval_images],
+                [image.embeds for image in images],
                 each={"image": low},
                 noise_level=self.noise_level,
             )
-            for image, small, output, original in zip(self.eval_images, low, outputs, originals):
+            for image, small, output, original in zip(images, low, outputs, originals):
                 name = f"{image.name}_{size}"
                 output.save(folder / f"{name}.png")
                 bicubic = small.resize(size, Image.Resampling.BICUBIC)
@@ -118,11 +184,28 @@ class Upscales:
                     Cell(output, f"step {run.step}, {psnrs[name]['output']:.2f} dB"),
                     Cell(original, f"original ({size})"),
                 ])
+        if not rows:
+            raise ValueError("none of the eval images can be read any more")
         write_whole(folder / "psnr.json", (json.dumps(psnrs, indent=2) + "\n").encode())
         mean = {kind: float(np.mean([entry[kind] for entry in psnrs.values()])) for kind in ("output", "bicubic")}
         tqdm.write(f"Validation at step {run.step}: {mean['output']:.2f} dB, bicubic {mean['bicubic']:.2f} dB (PSNR)")
         curves = {CURVE: mean["output"], f"{CURVE}_bicubic": mean["bicubic"]}
         return Rendered(rows, curves | {f"{CURVE}/{name}": entry["output"] for name, entry in psnrs.items()})
+
+    def _originals(self, size: Size) -> tuple[list[EvalImage], list[Image.Image]]:
+        """The images to make at this size, with their originals."""
+        images, originals = [], []
+        for image in self.eval_images:
+            if size not in image.sizes:
+                continue
+            try:
+                originals.append(self._original(image, size))
+            except loading.Unreadable as error:
+                path = printable(image.path)
+                tqdm.write(f"The eval image {path} {error.reason}: this validation, and its mean, are without it.")
+            else:
+                images.append(image)
+        return images, originals
 
     def _original(self, image: EvalImage, size: Size) -> Image.Image:
         """The image at this size, its excess cut off evenly."""
@@ -138,6 +221,9 @@ def low_resolution(image: Image.Image, scale: int) -> Image.Image:
 
 
 def psnr(image: Image.Image, original: Image.Image) -> float:
-    """Peak signal-to-noise ratio of 8-bit RGB in dB; equal images have infinitely much."""
+    """Peak signal-to-noise ratio of 8-bit RGB in dB; `MOST_DB` of equal pictures, which have infinitely much.
+
+    A flat picture is one that bicubic upscaling gets back exactly; JSON and a mean cannot hold its infinity.
+    """
     error = np.mean((np.asarray(image, dtype=np.float64) - np.asarray(original, dtype=np.float64)) ** 2)
-    return 10 * math.log10(255**2 / error) if error else math.inf
+    return min(MOST_DB, 10 * math.log10(255**2 / error)) if error else MOST_DB

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from benchmarks import gpu_train, step_overhead
 
@@ -23,10 +24,28 @@ def test_gpu_train_reports_memory_and_speed_of_each_case(tmp_path):
     assert json.loads(output.read_text()) == result
     assert result["cases"].keys() == {"I-M lora b4", "II-M full b4 checkpointed"}, "what was measured before is kept"
     for row in result["cases"].values():
-        assert 0 < row["estimated_gb"] < row["peak_gb"] < 100 and row["samples_a_second"] > 0
+        assert 0 < row["estimated_gb"] < 1 and row["samples_a_second"] > 0
+        assert "peak_gb" not in row, "of a CPU it would be the most that any case before took"
         assert row["batch"] == 4 and row["shrunk"]
     lora, full = result["cases"].values()
     assert lora["trained_parameters"] < lora["parameters"] and full["trained_parameters"] == full["parameters"]
+
+
+def test_gpu_train_measures_compiled_cases(tmp_path):
+    """With the whole UNet as one graph, which torch.compile refuses where it cannot follow; the graph as it is."""
+    options = ["--steps=1", "--batch=1", "--backend=eager", f"--output={tmp_path / 'result.json'}"]
+    result = gpu_train.main([*options, "--only", "I-M lora b4 compiled"])
+    assert result["cases"]["I-M lora b4 compiled"]["seconds_a_step"] > 0
+
+
+def test_gpu_train_goes_on_after_a_case_that_does_not_fit(tmp_path, monkeypatch):
+    def does_not_fit(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gpu_train, "random_parts", does_not_fit)
+    result = gpu_train.main([f"--output={tmp_path / 'result.json'}", "--only", "I-M lora b4"])
+    row = result["cases"]["I-M lora b4"]
+    assert row["out_of_memory"] and row["estimated_gb"] > 0
 
 
 def test_gpu_train_has_the_cases_that_users_ask_about():

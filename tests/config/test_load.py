@@ -100,6 +100,7 @@ def test_an_error_names_flag_export_and_key_with_what_was_found():
     ("--validation_prompt_library=/nowhere.json", "there is no file /nowhere.json"),
     ("--lora_rank_pattern=add_k_proj", "needs layers with their ranks, such as add_k_proj=64"),
     ("--lora_rank_pattern=to_q=0", "found 'to_q=0', needs layers with their ranks"),
+    ("--lora_rank_pattern=to_q=8,to_q=16", "needs each layer once: to_q is there several times"),
 ])
 def test_wrong_input_is_answered_in_words(flag, words):
     problems = problems_of(flag)
@@ -112,21 +113,37 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--lr_scheduler=constant", "--lr_warmup_steps=5"], "constant_with_warmup"),
     (["--lr_scheduler=constant", "--lr_end=1e-6"], "found 1e-06 beside lr_scheduler 'constant'"),
     (["--lr_scheduler=constant_with_warmup", "--lr_end=1e-6"], "remove it, or type cosine"),
-    (["--max_train_steps=10", "--lr_warmup_steps=10"], "ends after the 10 of --max_train_steps"),
+    (["--max_train_steps=10", "--lr_warmup_steps=10"], "ends after 10 steps, as --max_train_steps"),
     (["--resolution_type=area", "--resolution=64"], "resolution_type pixel"),
     (["--soft_min_snr"], "type a snr_gamma such as 5"),
-    (["--optimizer=prodigy", "--pure_bf16"], "type adamw_bf16, or set pure_bf16 to false"),
+    (["--optimizer=prodigy", "--pure_bf16"], "type adamw_bf16 with learning_rate 4e-05, or set"),
+    (["--optimizer=adamw_bf16", "--learning_rate=1"], "with which a rate above 0.1 breaks any model"),
     (["--optimizer=prodigy", "--learning_rate=4e-5"], "finds its own rate and multiplies it by this: type 1"),
     (["--optimizer=adafactor", "--adam_beta2=0.99"], "found 0.99 beside optimizer 'adafactor'"),
     (["--optimizer=lion", "--adam_epsilon=1e-6"], "has no such setting: remove it"),
     (["--lr_scheduler=linear", "--lr_num_cycles=2"], "has no cycles: remove it"),
     (["--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=1.5"], "type a whole number"),
-    (["--lr_scheduler=sine", "--lr_num_cycles=6", "--max_train_steps=10"], "type a smaller number"),
+    (["--lr_scheduler=sine", "--lr_num_cycles=6", "--max_train_steps=10"], "sine needs 13 steps after the warm-up"),
+    (["--lr_scheduler=sine", "--max_train_steps=2"], "sine needs 3 steps after the warm-up, and there are 2"),
+    (["--lr_scheduler=sine", "--lr_num_cycles=0.4"], "type 0.5 or more"),
+    (["--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=7", "--max_train_steps=4"], "type a smaller number"),
     (["--lr_power=2"], "type polynomial"),
     (["--use_dora", "--model_type=deepfloyd-full"], "set it to false, or model_type to deepfloyd-lora"),
     (["--use_rslora", "--model_type=deepfloyd-stage2"], "set it to false, or model_type to deepfloyd-stage2-lora"),
     (["--lora_rank_pattern=to_q=8,add_k_prj=64"], "found the layer 'add_k_prj'"),
     (["--lora_rank_pattern=conv1=8"], "with lora_targets 'attention' it needs one of to_q"),
+    (["--lora_rank=64", "--model_type=deepfloyd-full"], "found 64 beside model_type deepfloyd-full, which trains no"),
+    (["--lora_alpha=16", "--model_type=deepfloyd-stage2"], "remove it, or set model_type to deepfloyd-stage2-lora"),
+    (["--lora_rank_pattern=to_q=8", "--model_type=deepfloyd-full", "--use_bitfit"], "found 'to_q=8' beside"),
+    (["--timestep_bias_multiplier=3"], "found 3 beside timestep_bias_strategy 'none', where it does nothing"),
+    (["--timestep_bias_strategy=later", "--timestep_bias_begin=10"], "or type timestep_bias_strategy range"),
+    (["--timestep_bias_strategy=range", "--timestep_bias_end=9", "--timestep_bias_portion=0.5"], "earlier or later"),
+    (["--timestep_bias_strategy=range"], "which is all timesteps: make the range smaller"),
+    (["--timestep_bias_strategy=range", "--timestep_bias_begin=9", "--timestep_bias_end=9"], "the range ends before 9"),
+    (["--timestep_bias_strategy=later", "--timestep_bias_portion=0.0001"], "which is none of the 1000 timesteps"),
+    (["--timestep_bias_strategy=earlier", "--timestep_bias_portion=1"], "which is all of the 1000 timesteps"),
+    (["--timestep_bias_strategy=later", "--timestep_bias_multiplier=1"], "type 2, or less than 1"),
+    (["--timestep_bias_strategy=later", "--timestep_bias_multiplier=1e39"], "at most 1000"),
     (["--use_bitfit"], "set it to false, or model_type to deepfloyd-full"),
     (["--use_bitfit", "--use_dora"], "set one of the two to false"),
     (["--use_bitfit", "--use_rslora", "--model_type=deepfloyd-full"], "set one of the two to false"),
@@ -136,14 +153,46 @@ def test_options_that_do_not_fit_together_are_refused(flags, words):
     assert len(problems) == 1 and words in problems[0]
 
 
+@pytest.mark.parametrize("full, lora", [
+    ("deepfloyd-full", "deepfloyd-lora"), ("deepfloyd-stage2", "deepfloyd-stage2-lora"),
+])
+@pytest.mark.parametrize("option", ["use_dora", "use_rslora"])
+def test_adapters_beside_full_tuning_are_refused_in_words(full, lora, option):
+    assert problems_of(f"--{option}", f"--model_type={full}") == [
+        f"{ROWS[option].label}: found true beside model_type {full}, which trains no adapter: set it to false, or "
+        f"model_type to {lora}"
+    ]
+
+
 @pytest.mark.parametrize("flags", [
     ["--lr_end=4e-6"],
     ["--lr_scheduler=constant_with_warmup", "--lr_warmup_steps=5", "--lr_end=0"],
     ["--max_train_steps=10", "--lr_warmup_steps=9"],
-    ["--num_train_epochs=1", "--lr_warmup_steps=1000"],
+    ["--lr_scheduler=sine", "--max_train_steps=3"],
+    ["--lr_scheduler=sine", "--lr_num_cycles=0.5", "--max_train_steps=2"],
+    ["--lr_scheduler=cosine_with_restarts", "--lr_num_cycles=2", "--max_train_steps=4"],
+    ["--max_train_steps=1"],
 ])
 def test_schedules_that_make_sense_pass(flags):
     load([LORA, *flags])
+
+
+@pytest.mark.parametrize("flags", [
+    ["--timestep_bias_strategy=later"],
+    ["--timestep_bias_strategy=earlier", "--timestep_bias_multiplier=0.5", "--timestep_bias_portion=0.4"],
+    ["--timestep_bias_strategy=range", "--timestep_bias_begin=100"],
+])
+def test_a_timestep_bias_that_acts_passes(flags):
+    loss = load([LORA, *flags]).config.loss
+    assert loss.timestep_bias_multiplier != 1
+
+
+@pytest.mark.parametrize("resolution", ["0.0655", "0.065536", "0.066"])
+def test_an_area_is_held_against_the_smallest_edge_as_it_is_trained(resolution):
+    """0.0655 megapixels are 255.9 px an edge, which are trained at 256."""
+    load(["--model_type=deepfloyd-stage2-lora", "--resolution_type=area", f"--resolution={resolution}"])
+    with pytest.raises(ConfigError, match="256 pixels and more out of a quarter of that: type 256"):
+        load(["--model_type=deepfloyd-stage2-lora", "--resolution_type=area", "--resolution=0.06"])
 
 
 def test_all_problems_come_at_once_and_none_twice():
@@ -175,7 +224,7 @@ def test_the_default_optimizer_moves_weights_of_the_precision_chosen(flags, opti
 
 
 @pytest.mark.parametrize("flags, learning_rate, beta2", [
-    ([], 4e-5, 0.999), (["--optimizer=prodigy"], 1.0, 0.999), (["--optimizer=lion"], 4e-5, 0.99),
+    ([], 4e-5, 0.999), (["--optimizer=prodigy"], 1.0, 0.999), (["--optimizer=lion"], 1e-5, 0.99),
     (["--optimizer=prodigy", "--learning_rate=0.5", "--adam_beta2=0.99"], 0.5, 0.99),
 ])
 def test_an_optimizer_brings_its_own_defaults(flags, learning_rate, beta2):
@@ -192,6 +241,7 @@ def test_an_optimizer_whose_package_is_missing_is_refused_with_the_command_that_
     monkeypatch.setattr(checks, "find_spec", lambda name: None if name == package else True)
     (problem,) = problems_of(f"--optimizer={optimizer}")
     assert f"pip install {package}" in problem and "type adamw" in problem
+    assert ("adamw with learning_rate 4e-05" in problem) == (optimizer in ("prodigy", "lion")), "theirs are not its own"
 
 
 @pytest.mark.parametrize("value", ["64, 96,64x96,96X64", [64, "96", "64x96", "96x64"]])

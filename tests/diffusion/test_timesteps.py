@@ -30,6 +30,20 @@ def test_a_bias_shows_at_every_batch_size(strategy, tenths, batch_size):
     assert inside / outside == pytest.approx(3, rel=0.1)
 
 
+def test_what_has_no_weight_is_never_drawn():
+    weights = torch.zeros(1000)
+    weights[[0, 998]] = torch.tensor([1e-3, 3e-3])
+    t = draw(weights, DRAWS, torch.Generator().manual_seed(0))
+    assert set(t.tolist()) == {0, 998}
+    assert (t == 998).float().mean().item() == pytest.approx(0.75, abs=0.01)
+
+
+def test_drawing_reads_nothing_back_from_the_device():
+    """On the meta device there are no values to read, as on a GPU they are not there yet."""
+    t = draw(torch.ones(1000, device="meta"), 1, None)
+    assert t.device.type == "meta" and t.shape == (1,) and t.dtype == torch.int64
+
+
 def test_a_multiplier_below_one_makes_them_rarer():
     shares = histogram(TimestepBias("later", multiplier=0.5, portion=0.1))
     assert shares[9] / shares[:9].mean() == pytest.approx(0.5, rel=0.1)

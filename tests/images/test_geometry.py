@@ -268,6 +268,40 @@ def test_without_enlarging_images_that_do_not_fill_their_target_are_left_out(siz
     assert refusal(size, Rules(resolution=64)) is None
 
 
-def test_without_enlarging_a_long_bucket_counts_too():
-    rules = Rules(resolution=64, crop_aspect="preserve", alignment=16, enlarge=False)
-    assert "80x64" in refusal(Size(78, 64), rules), "64 x 1.22 rounds up to 80"
+PRESERVE = Rules(256, alignment=16, crop_aspect="preserve", enlarge=False)
+PRESERVE_AREA = replace(PRESERVE, resolution_type="area", resolution=0.1)
+
+
+@pytest.mark.parametrize(
+    "source, rules, target",
+    [
+        ((380, 256), PRESERVE, (368, 256)),  # 1.48 * 256 / 16 = 23.7, and 384 is more than there is
+        ((256, 380), PRESERVE, (256, 368)),
+        ((383, 256), PRESERVE, (368, 256)),  # 1.496 is 1.5 to two digits, which is 384
+        ((760, 512), PRESERVE, (384, 256)),  # there is enough of a larger image
+        ((385, 260), PRESERVE, (384, 256)),
+        ((415, 241), PRESERVE_AREA, (400, 240)),  # sqrt(1e5 * 1.72) / 16 = 25.9, and 416 is more than there is
+    ],
+)
+def test_without_enlarging_an_own_aspect_is_rounded_down_to_what_the_image_fills(source, rules, target):
+    assert refusal(Size(*source), rules) is None
+    (plan,) = plans(Size(*source), rules)
+    assert plan.target == target and not plan.upsampled
+
+
+@pytest.mark.parametrize("rules", [PRESERVE, PRESERVE_AREA, replace(PRESERVE, crop=False)])
+def test_without_enlarging_an_image_is_used_if_it_has_as_much_as_is_trained(rules):
+    for size in random_sizes(400):
+        enough = min(size) >= 256 if rules.in_pixels else size.width * size.height >= 1e5
+        if enough:
+            assert refusal(size, rules) is None and not plans(size, rules)[0].upsampled, size
+
+
+@pytest.mark.parametrize("source, used", [
+    ((900, 500), "336x192"), ((800, 300), "416x160"), ((256, 256), None), ((1000, 1000), None), ((1000, 1040), None),
+])
+def test_targets_with_an_edge_below_the_smallest_are_left_out_with_the_reason(source, used):
+    rules = Rules(0.065536, "area", 16, crop_aspect="preserve", enlarge=False, smallest=256)
+    reason = refusal(Size(*source), rules)
+    assert reason is None if used is None else f"trained at {used}, with an edge below the 256 pixels" in reason
+    assert refusal(Size(*source), replace(rules, smallest=1)) is None

@@ -1,8 +1,10 @@
 """BitFit: only biases move, and they are all that is saved."""
 
+import shutil
+
 import pytest
 import torch
-from diffusers import DiffusionPipeline, IFPipeline
+from diffusers import DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from helpers.models.bitfit import BIASES_FILE, BitFit
@@ -45,12 +47,44 @@ def test_bitfit_moves_biases_alone_resumes_bit_for_bit_and_loads_in_diffusers(sm
 
     tuned = DiffusionPipeline.from_pretrained(whole / "pipeline")
     assert type(tuned) is IFPipeline and tuned.scheduler.config.variance_type == "learned_range"
-    dtype = torch.bfloat16 if "mixed_precision" in flags else torch.float32
     for name, tensor in tuned.unet.state_dict().items():
-        torch.testing.assert_close(tensor, biases.get(name, before[name].to(dtype)).float(), atol=0, rtol=0)
+        assert torch.equal(tensor, biases[name].float() if name in biases else before[name]), name
 
     pipeline.unet.load_state_dict(biases, strict=False)  # the small file alone, as a user would
-    torch.testing.assert_close(output_of(pipeline.unet), output_of(tuned.unet), atol=0.1 if flags else 1e-5, rtol=0)
+    assert torch.equal(output_of(pipeline.unet), output_of(tuned.unet))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_exported_pipeline_is_the_base_but_for_its_biases(tiny_model, origin, moved, tmp_path, dtype, variant):
+    """Whatever precision it was trained in; here with a base of another dtype and of several files."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    shutil.rmtree(base / "unet")
+    own = UNet2DConditionModel.from_pretrained(tiny_model / "unet", dtype=dtype)
+    own.save_pretrained(base / "unet", variant=variant, max_shard_size="1MB")
+    unet = UNet2DConditionModel.from_pretrained(base / "unet", dtype=torch.bfloat16, variant=variant)
+    adapter = BitFit(variant, origin)
+    adapter.attach(unet, torch.float32)
+    pipeline = adapter.export(moved(unet), base, tmp_path / "output")
+    trained = dict(unet.named_parameters())
+    written = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in own.state_dict().items():
+        expected = trained[name].to(dtype) if name.endswith(".bias") else tensor
+        assert written[name].dtype == dtype and torch.equal(written[name], expected), name
+
+
+def test_bitfit_trains_the_second_stage(trainer, tmp_path, tiny_stage2, dataloader):
+    flags = {**BITFIT, "model_type": "deepfloyd-stage2", "pretrained_model_name_or_path": tiny_stage2}
+    flags |= {"mixed_precision": "bf16", "num_eval_images": 0, "validation_resolution": "64", "learning_rate": 1e-2}
+    assert trainer(**flags, resolution=64) == 0
+    biases = load_file(tmp_path / "output" / BIASES_FILE)
+    before = UNet2DConditionModel.from_pretrained(tiny_stage2 / "unet").state_dict()
+    tuned = DiffusionPipeline.from_pretrained(tmp_path / "output" / "pipeline")
+    assert type(tuned) is IFSuperResolutionPipeline
+    for name, tensor in tuned.unet.state_dict().items():
+        assert torch.equal(tensor, biases[name] if name in biases else before[name]), name
+    assert all(not torch.equal(biases[name], before[name]) for name in biases)
+    assert read_adapter_facts(tmp_path / "output" / BIASES_FILE).family == "deepfloyd-ii"
 
 
 def test_the_small_file_tells_its_facts(unet_in, origin, tmp_path):

@@ -5,10 +5,13 @@ import torch
 from diffusers import DDPMScheduler, IFSuperResolutionPipeline
 from PIL import Image
 
+from helpers.config.families import DEEPFLOYD_II
 from helpers.diffusion.noising import schedule_from_betas
+from helpers.images.geometry import Rules, plans
 from helpers.models import loading
 from helpers.models.conditioning import NoisedLowRes, TextOnly, reduce, upscale
 from helpers.models.families import SPECS
+from helpers.sizes import Size
 
 SPEC = SPECS["deepfloyd-ii"]
 SIZE = (64, 96)  # height, width
@@ -23,10 +26,10 @@ def images(count: int, size: tuple[int, int] = SIZE) -> torch.Tensor:
     return torch.randint(256, (count, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def conditioned(schedule, count: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def conditioned(schedule, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x_t given, the low-res channels and the levels."""
-    x_t = torch.zeros(count, 3, *SIZE)
-    joined, level = NoisedLowRes()(x_t, images(count), schedule, torch.Generator().manual_seed(seed))
+    x_t = torch.zeros(count, 3, *size)
+    joined, level = NoisedLowRes()(x_t, images(count, size), schedule, torch.Generator().manual_seed(1))
     assert torch.equal(joined[:, :3], x_t)
     return x_t, joined[:, 3:], level
 
@@ -43,28 +46,44 @@ def test_the_low_resolution_is_what_pillow_makes_of_the_image():
     assert (ours.int() - torch.tensor(list(pillow.getdata())).view(16, 24, 3)).abs().max() <= 1
 
 
-def test_the_channels_are_those_that_the_pipeline_builds(tiny_stage2, schedule):
+@pytest.mark.parametrize("size", [SIZE, (256, 384)], ids=["64 high", "256 high"])
+def test_the_channels_are_those_that_the_pipeline_builds(tiny_stage2, schedule, size):
     """Of the same image, noise and level: the pipeline is asked for one step, and its UNet's input is taken."""
     pipeline = IFSuperResolutionPipeline.from_pretrained(tiny_stage2)
-    image = images(1)
-    x_t, low_res, level = conditioned(schedule, 1)
+    height, width = size
+    image = images(1, size)
+    x_t, low_res, level = conditioned(schedule, 1, size)
     generator = torch.Generator().manual_seed(1)
     torch.randint(1000, (1,), generator=generator)
-    noise = torch.randn(1, 3, *SIZE, generator=generator)
+    noise = torch.randn(1, 3, *size, generator=generator)
     seen = {}
 
     def take(module, arguments, named):
         seen["input"], seen["labels"] = arguments[0], named["class_labels"]
 
     pipeline.unet.register_forward_pre_hook(take, with_kwargs=True)
-    draws = iter([torch.zeros(1, 3, *SIZE), noise, *[torch.zeros(1, 3, *SIZE)] * 9])
+    draws = iter([torch.zeros(1, 3, *size), noise, *[torch.zeros(1, 3, *size)] * 9])
     with pytest.MonkeyPatch.context() as patched:
         module = "diffusers.pipelines.deepfloyd_if.pipeline_if_superresolution.randn_tensor"
         patched.setattr(module, lambda *_, **__: next(draws))
         small = Image.fromarray(reduce(image, 4)[0].permute(1, 2, 0).numpy())
-        pipeline("", image=small, height=64, width=96, noise_level=int(level), num_inference_steps=1, guidance_scale=1)
+        sampled = {"height": height, "width": width, "noise_level": int(level)}
+        pipeline("", image=small, **sampled, num_inference_steps=1, guidance_scale=1)
+    assert small.size == (width // 4, height // 4)
     torch.testing.assert_close(low_res, seen["input"][:, 3:], rtol=0, atol=2e-6)
     assert torch.equal(level, seen["labels"]) and level.dtype == torch.int64
+
+
+@pytest.mark.parametrize("source, target", [
+    (Size(1200, 800), Size(384, 256)), (Size(800, 1200), Size(256, 384)), (Size(1600, 900), Size(448, 256)),
+    (Size(1000, 999), Size(256, 256)),
+])
+def test_the_low_resolution_image_of_every_aspect_is_a_quarter_exactly(source, target):
+    rules = Rules(DEEPFLOYD_II.resolution, alignment=DEEPFLOYD_II.alignment, crop_aspect="preserve")
+    [plan] = plans(source, rules)
+    assert plan.target == target
+    low_res = reduce(images(1, (target.height, target.width)), NoisedLowRes().scale)
+    assert low_res.shape[2:] == (target.height / 4, target.width / 4)
 
 
 def test_its_noise_and_its_levels_are_its_own(schedule):

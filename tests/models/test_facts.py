@@ -67,13 +67,16 @@ def test_the_origin_is_read_from_the_weights_and_names_a_folder_without_its_path
     assert origin_of("some/if", family, SPECS[family], folder, trains_variance=True).base_model == "some/if"
 
 
-@pytest.mark.parametrize("channels, trained, variance", [
-    (6, True, "learned_range"), (6, False, "fixed_small"), (3, True, "fixed_small"),
+@pytest.mark.parametrize("channels, base, trained, variance", [
+    (6, "learned_range", True, "learned_range"), (6, "learned_range", False, "fixed_small"),
+    (6, "fixed_small", True, "learned_range"), (6, "fixed_large", False, "fixed_small"),
+    (3, "learned_range", True, "fixed_small"), (3, "fixed_large", True, "fixed_large"),
 ])
 def test_a_predicted_variance_is_sampled_with_only_where_it_was_trained(
-    tiny_model, tmp_path, channels, trained, variance
+    tiny_model, tmp_path, channels, base, trained, variance
 ):
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    (folder / "unet" / "config.json").write_text(json.dumps({**config, "out_channels": channels}))
+    unet, scheduler = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
+    for path, values in ((unet, {"out_channels": channels}), (scheduler, {"variance_type": base})):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
     assert origin_of("some/if", "deepfloyd-i", SPECS["deepfloyd-i"], folder, trained).variance_type == variance

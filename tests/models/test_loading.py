@@ -8,13 +8,13 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
-from helpers.config.families import DEEPFLOYD_I
+from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II
 from helpers.models import loading
 from helpers.models.families import SPECS
 from helpers.models.loading import WeightsError
 from helpers.models.parts import LossSettings
 
-SPEC = SPECS[DEEPFLOYD_I.key]
+SPEC, SPEC_II = SPECS[DEEPFLOYD_I.key], SPECS[DEEPFLOYD_II.key]
 
 
 @pytest.fixture
@@ -23,18 +23,28 @@ def model(tiny_model, tmp_path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
+@pytest.fixture
+def model_ii(tiny_stage2, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_stage2, tmp_path / "model_ii"))
+
+
 def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_fitting_weights_pass(model):
+def test_fitting_weights_pass(model, model_ii):
     loading.check(DEEPFLOYD_I, SPEC, model)
+    loading.check(DEEPFLOYD_II, SPEC_II, model_ii)
 
 
 @pytest.mark.parametrize(
     "values, words",
     [
-        ({"in_channels": 6, "class_embed_type": "timestep"}, "they are IF stage II"),
+        (
+            {"in_channels": 6, "class_embed_type": "timestep"},
+            r"are DeepFloyd IF stage II: set MODEL_TYPE \(--model_type\) to deepfloyd-stage2-lora or deepfloyd-stage2",
+        ),
+        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep' instead of None"),
         ({"in_channels": 4}, "Stable Diffusion"),
         ({"in_channels": 1}, "takes 1 channels instead of 3"),
         ({"encoder_hid_dim_type": None}, "no projection of T5 embeddings"),
@@ -48,17 +58,48 @@ def test_weights_of_another_kind_are_refused_in_words(model, values, words):
     assert "MODEL_NAME" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (
+            {"in_channels": 3, "class_embed_type": None},
+            r"they are DeepFloyd IF stage I: set MODEL_TYPE \(--model_type\) to deepfloyd-lora or deepfloyd-full",
+        ),
+        ({"class_embed_type": None}, "class_embed_type None instead of 'timestep'"),
+        ({"class_embed_type": "identity"}, "class_embed_type 'identity' instead of 'timestep'"),
+    ],
+)
+def test_a_stage_ii_that_would_not_see_its_noise_level_is_refused(model_ii, values, words):
+    change(model_ii / "unet" / "config.json", **values)
+    with pytest.raises(WeightsError, match=words):
+        loading.check(DEEPFLOYD_II, SPEC_II, model_ii)
+
+
+def test_a_pipeline_of_the_other_stage_is_told_by_its_weights_not_by_its_missing_schedule(model):
+    with pytest.raises(WeightsError, match="are DeepFloyd IF stage I: .* or name weights of DeepFloyd IF stage II"):
+        loading.check(DEEPFLOYD_II, SPEC_II, model)
+
+
 def test_another_prediction_than_epsilon_is_refused(model):
     change(model / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     with pytest.raises(WeightsError, match="v_prediction"):
         loading.check(DEEPFLOYD_I, SPEC, model)
 
 
-@pytest.mark.parametrize("part", [*loading.COMPONENTS, "model_index.json"])
-def test_an_incomplete_folder_is_named_with_what_it_lacks(model, part):
-    shutil.rmtree(model / part) if (model / part).is_dir() else (model / part).unlink()
-    with pytest.raises(WeightsError, match=f"has no {part}"):
-        loading.check(DEEPFLOYD_I, SPEC, model)
+PARTS = ["unet", "scheduler", "text_encoder", "tokenizer", "model_index.json", "image_noising_scheduler"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_an_incomplete_folder_is_named_with_what_it_lacks(model_ii, part):
+    shutil.rmtree(model_ii / part) if (model_ii / part).is_dir() else (model_ii / part).unlink()
+    with pytest.raises(WeightsError, match=f"has no {part}: it is not a DeepFloyd IF stage II pipeline"):
+        loading.check(DEEPFLOYD_II, SPEC_II, model_ii)
+
+
+def test_a_noising_schedule_without_its_file_is_named(model_ii):
+    (model_ii / "image_noising_scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(WeightsError, match="image_noising_scheduler/scheduler_config.json cannot be read"):
+        loading.check(DEEPFLOYD_II, SPEC_II, model_ii)
 
 
 def test_a_damaged_config_is_named(model):
@@ -70,12 +111,12 @@ def test_a_damaged_config_is_named(model):
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "model", "a/b/c"])
 def test_a_folder_that_is_not_there_is_no_hub_id(name):
     with pytest.raises(WeightsError, match="there is no folder"):
-        loading.fetch_configs(name, None)
+        loading.fetch_configs(name, None, SPEC)
 
 
 def test_an_unreachable_hub_id_is_answered_with_licence_login_and_local_path():
     with pytest.raises(WeightsError) as error:
-        loading.fetch_configs("DeepFloyd/IF-I-M-v1.0", None)
+        loading.fetch_configs("DeepFloyd/IF-I-M-v1.0", None, SPEC)
     for words in ("https://huggingface.co/DeepFloyd/IF-I-M-v1.0", "hf auth login", "export MODEL_NAME="):
         assert words in str(error.value)
 
@@ -91,7 +132,7 @@ def test_each_way_to_fail_at_the_hub_has_its_own_words(error, words):
 
 def test_a_name_that_the_hub_does_not_allow_is_refused_in_words():
     with pytest.raises(WeightsError, match="MODEL_NAME.*neither a folder here nor a name that the hub allows"):
-        loading.fetch_configs("my org/IF model", None)
+        loading.fetch_configs("my org/IF model", None, SPEC)
 
 
 def test_weight_files_that_are_there_pass(model):
@@ -127,6 +168,7 @@ PUBLISHED = [
     "text_encoder/model.safetensors.index.json", "text_encoder/model.fp16-00001-of-00002.safetensors",
     "text_encoder/model.safetensors.index.fp16.json", "text_encoder/pytorch_model-00001-of-00002.bin",
     "safety_checker/config.json", "safety_checker/model.safetensors", "watermarker/config.json",
+    "image_noising_scheduler/scheduler_config.json",
 ]  # fmt: skip
 
 
@@ -137,11 +179,14 @@ PUBLISHED = [
     }),
 ])  # fmt: skip
 def test_of_a_hub_repository_only_what_is_used_is_taken_in_one_variant(variant, weights):
-    allow, ignore = loading.file_patterns(variant)
+    allow, ignore = loading.file_patterns(variant, SPEC)
     taken = set(filter_repo_objects(PUBLISHED, allow_patterns=allow, ignore_patterns=ignore))
     assert {name for name in taken if name.endswith((".safetensors", ".bin"))} == weights
-    assert {"model_index.json", "unet/config.json", "tokenizer/spiece.model"} <= taken
-    assert not any(name.startswith(("safety_checker", "watermarker")) for name in taken)
+    assert {"model_index.json", "unet/config.json", "tokenizer/spiece.model", "scheduler/scheduler_config.json"} <= taken
+    assert not any(name.startswith(("safety_checker", "watermarker", "image_noising")) for name in taken)
+    allow, ignore = loading.file_patterns(variant, SPEC_II)
+    taken_ii = set(filter_repo_objects(PUBLISHED, allow_patterns=allow, ignore_patterns=ignore))
+    assert taken_ii - taken == {"image_noising_scheduler/scheduler_config.json"} and taken <= taken_ii
 
 
 @pytest.mark.parametrize("channels, wanted, trained", [(6, True, True), (6, False, False), (3, True, False)])

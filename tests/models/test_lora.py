@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -24,7 +25,11 @@ def lora(origin):
 
 
 @pytest.mark.parametrize("targets", sorted(LORA_TARGETS))
-@pytest.mark.parametrize("kind", [*KINDS.values(), {"rslora": True, "ranks": RANKS}], ids=[*KINDS, "ranks"])
+@pytest.mark.parametrize(
+    "kind",
+    [*KINDS.values(), {"ranks": RANKS}, {"rslora": True, "ranks": RANKS}, {"dora": True, "ranks": RANKS}],
+    ids=[*KINDS, "ranks", "rslora ranks", "dora ranks"],
+)
 def test_a_saved_adapter_gives_the_same_output_in_diffusers(
     unet_in, pipeline, lora, moved, output_of, tmp_path, targets, kind
 ):
@@ -35,7 +40,7 @@ def test_a_saved_adapter_gives_the_same_output_in_diffusers(
     moved(unet)
     adapter.save_weights(unet, tmp_path)
     pipeline.load_lora_weights(tmp_path)
-    torch.testing.assert_close(output_of(pipeline.unet), output_of(unet), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output_of(pipeline.unet), output_of(unet), atol=0, rtol=0)
     assert (output_of(unet) - plain).abs().max() > 1e-2
 
 
@@ -48,7 +53,7 @@ def test_the_second_stage_takes_adapters_too(tiny_stage2, origin, moved, output_
     adapter.save_weights(moved(unet), tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tiny_stage2)
     pipeline.load_lora_weights(tmp_path)
-    torch.testing.assert_close(output_of(pipeline.unet), output_of(unet), atol=1e-5, rtol=0)
+    torch.testing.assert_close(output_of(pipeline.unet), output_of(unet), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -110,6 +115,19 @@ def test_layers_have_the_ranks_that_they_are_given(unet_in, lora):
             assert parameter.shape[1] == RANKS.get(name.split(".lora_B")[0].split(".")[-1], 2), name
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("alpha", [1, 2, 3])
+def test_a_rank_of_its_own_changes_no_layers_scale_but_by_rsloras_own_rule(unet_in, lora, alpha, rslora):
+    """An alpha like the rank counts in full in every layer, one of half the rank by half."""
+    unet = unet_in()
+    lora("attention+conv", alpha, ranks={**RANKS, "to_out.0": 3}, rslora=rslora).attach(unet, torch.float32)
+    layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
+    assert {layer.r["default"] for layer in layers} == {1, 2, 3, 8}
+    for layer in layers:
+        scale = alpha / layer.r["default"] ** 0.5 if rslora else alpha / 2
+        assert layer.scaling["default"] == pytest.approx(scale)
+
+
 @pytest.mark.parametrize("other", [{"targets": "attention+conv"}, {"dora": True}])
 def test_weights_of_another_adapter_are_refused(unet_in, lora, tmp_path, other):
     unet, another = unet_in(), unet_in()
@@ -122,10 +140,12 @@ def test_weights_of_another_adapter_are_refused(unet_in, lora, tmp_path, other):
 
 def test_a_file_tells_its_facts_beside_what_diffusers_reads(unet_in, lora, origin, tmp_path):
     unet = unet_in()
-    lora("attention+conv", 8, rslora=True).attach(unet, torch.float32)
-    lora("attention+conv", 8, rslora=True).save_weights(unet, tmp_path)
+    adapter = lora("attention+conv", 8, rslora=True, ranks=RANKS)
+    adapter.attach(unet, torch.float32)
+    adapter.save_weights(unet, tmp_path)
     facts = read_adapter_facts(tmp_path / LORA_FILE)
     assert (facts.kind, facts.rank, facts.alpha, facts.targets, facts.rslora) == ("lora", 2, 8, "attention+conv", True)
+    assert facts.ranks == "to_q=1,add_k_proj=8"
     assert all(getattr(facts, name) == value for name, value in vars(origin).items())
     with safe_open(tmp_path / LORA_FILE, framework="pt") as file:
         diffusers_own = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])

@@ -115,6 +115,13 @@ def test_other_settings_are_refused_by_name_with_both_values(tmp_path):
         checkpoints.require_same(folder, {**STATE["identity"], "lora_rank": 8}, STATE["data"])
 
 
+def test_an_option_that_a_checkpoint_does_not_know_yet_was_its_default(tmp_path):
+    folder = save(tmp_path, 5)
+    checkpoints.require_same(folder, {**STATE["identity"], "revision": None, "use_dora": False}, STATE["data"])
+    with pytest.raises(CheckpointError, match="MODEL_REVISION.* was None and is now 'fp32'"):
+        checkpoints.require_same(folder, {**STATE["identity"], "revision": "fp32"}, STATE["data"])
+
+
 @pytest.mark.parametrize(
     "data, words",
     [

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from helpers.training import rounding
 from helpers.training.ema import EMA
+from helpers.training.memory import Ledger
 
 DECAY = 0.9
 
@@ -30,6 +32,24 @@ def test_it_is_the_moving_average_of_the_weights_after_each_step():
         keeps = min(DECAY, update / (9 + update)) if update > 1 else 0.0
         average = keeps * average + (1 - keeps) * (update % 7)
         assert average_of(ema) == pytest.approx([average] * 2, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_takes_the_memory_of_a_chunk_and_gives_what_the_whole_would(monkeypatch, dtype):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in ((50, 40), (10,), (30,))]
+    whole, chunked = EMA(weights, DECAY), EMA(weights, DECAY)
+    for _ in range(3):
+        for parameter in weights:
+            parameter.data.normal_()
+        with monkeypatch.context() as patch:
+            patch.setattr(rounding, "CHUNK", 64)
+            ledger = Ledger([*weights, *chunked.state()["weights"]])
+            with ledger:
+                chunked.update()
+        whole.update()
+    assert all(torch.equal(left, right) for left, right in zip(whole.state()["weights"], chunked.state()["weights"]))
+    assert ledger.most_activations <= 64 * 8 + 16
 
 
 @pytest.mark.parametrize("steps", [20, 200, 1000])

@@ -9,8 +9,8 @@ from helpers.data.collate import Batch
 from helpers.data.sampler import Position
 from helpers.models.adapters import trainable_parameters
 from helpers.models.families import SPECS
-from helpers.training import assembly
-from helpers.training.loop import Every, Run, train
+from helpers.training import adamw_bf16, assembly, rounding
+from helpers.training.loop import Every, NonFiniteLoss, Run, require_finite, train
 from helpers.training.step import training_loss
 
 
@@ -150,6 +150,28 @@ def test_periodic_work_comes_every_so_many_steps_and_after_the_last(make_run):
     run, done = make_run(5), {2: [], 0: [], 5: []}
     train(run, batches(), [Every(steps, lambda run, steps=steps: done[steps].append(run.step)) for steps in done])
     assert done == {2: [2, 4, 5], 0: [5], 5: [5]}
+
+
+@pytest.mark.parametrize("options", [{}, {"mixed_precision": "bf16", "pure_bf16": True}], ids=["float32", "pure bf16"])
+def test_gradients_that_are_nan_end_a_run(make_run, monkeypatch, options):
+    """With CUDA's NaN, 0x7FFFFFFF: rounded stochastically it must not become a weight of 0, which looks sound."""
+
+    def as_on_cuda(tensors: list[torch.Tensor]) -> torch.Tensor:
+        values = rounding.flat(tensors)
+        values.view(torch.int32)[values.isnan()] = 0x7FFFFFFF
+        return values
+
+    def spoil(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.grad.fill_(torch.nan)
+
+    monkeypatch.setattr(adamw_bf16, "flat", as_on_cuda)
+    run = make_run(1, **options)
+    run.optimizer.optimizer.register_step_pre_hook(spoil)
+    train(run, batches())
+    assert all(parameter.isnan().all() for parameter in trainable_parameters(run.unet))
+    with pytest.raises(NonFiniteLoss):
+        require_finite(run)
 
 
 @pytest.mark.parametrize("mixed, pure", [("bf16", False), ("bf16", True)])

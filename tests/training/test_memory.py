@@ -12,16 +12,19 @@ from torch.utils._pytree import tree_leaves
 from helpers.config.load import load
 from helpers.config.optimizers import OPTIMIZERS as FACTS
 from helpers.config.options import Config
+from helpers.data.collate import Batch
 from helpers.models import loading
 from helpers.models.adapters import trainable_parameters
 from helpers.models.families import SPECS
 from helpers.models.full import Full
 from helpers.models.gradient_checkpointing import checkpoint_everything
 from helpers.models.lora import LoRA
+from helpers.models.parts import Parts
 from helpers.sizes import Size
 from helpers.training import assembly, memory_report
 from helpers.training.memory import STATE_BYTES, UPDATE_BYTES, AsOnCuda, Ledger, Setup, estimate
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
+from helpers.training.step import training_loss
 
 SPEC = SPECS["deepfloyd-i"]
 SIZE = Size(64, 64)
@@ -125,20 +128,21 @@ def setup(model: Path, **values: object) -> Setup:
     return replace(usual, **values)
 
 
-def counted_on_the_cpu(unet: torch.nn.Module, setup: Setup) -> int:
-    """The most that really lives at one time during a forward and backward pass."""
-    setup.adapter.attach(unet.train(), setup.trained)
+def counted_on_the_cpu(parts: Parts, setup: Setup) -> int:
+    """The most that really lives at one time during a training step's forward and backward pass."""
+    unet, height, width = parts.unet.train(), setup.size.height, setup.size.width
+    setup.adapter.attach(unet, setup.trained)
     if setup.checkpointing:
         checkpoint_everything(unet)
     ledger = Ledger(unet.parameters())
     for parameter in trainable_parameters(unet):
         parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
+    images = torch.randint(256, (2, height, width, 3), dtype=torch.uint8)
+    batch = Batch(images, torch.randn(2, 77, unet.config.encoder_hid_dim).bfloat16(), (None, None))
     with ledger:
-        x, t = torch.randn(2, 3, setup.size.height, setup.size.width).to(unet.dtype), torch.tensor([3, 700])
-        text = torch.randn(2, 77, 64).to(unet.dtype)
         with torch.autocast("cpu", torch.bfloat16) if setup.autocast else nullcontext():
-            output = unet(x, t, text).sample
-        output.float().square().mean().backward()
+            loss = training_loss(parts, unet, batch, torch.Generator())
+        loss.backward()
     return ledger.most_activations
 
 
@@ -152,13 +156,22 @@ def counted_on_the_cpu(unet: torch.nn.Module, setup: Setup) -> int:
         {"weights": torch.bfloat16, "autocast": True},
         {"adapter": Full(), "autocast": True},
         {"adapter": Full(), "autocast": True, "size": Size(16, 16)},  # where autocast's copies of weights weigh most
+        {"adapter": LoRA(4, 4, 0.0, "attention", dora=True)},
     ],
-    ids=["lora fp32", "full fp32", "lora pure bf16", "lora mixed", "full mixed", "small full mixed"],
+    ids=["lora fp32", "full fp32", "lora pure bf16", "lora mixed", "full mixed", "small full mixed", "dora fp32"],
 )
 def test_the_activations_are_those_of_real_tensors(tiny_model, monkeypatch, values, checkpointing):
     monkeypatch.setattr(AsOnCuda, "IN_FLOAT32", set())  # the CPU's autocast leaves these as they are
     wanted = setup(tiny_model, checkpointing=checkpointing, **values)
-    real = counted_on_the_cpu(loading.load(SPEC, tiny_model, wanted.weights).unet, wanted)
+    real = counted_on_the_cpu(loading.load(SPEC, tiny_model, wanted.weights), wanted)
+    assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("adapter", [LoRA(4, 4, 0.0, "attention+conv", dora=True), Full()], ids=["dora", "full"])
+def test_those_of_stage_2_are_too(tiny_stage2, adapter, checkpointing):
+    wanted = setup(tiny_stage2, adapter=adapter, checkpointing=checkpointing)
+    real = counted_on_the_cpu(loading.load(SPECS["deepfloyd-ii"], tiny_stage2, wanted.weights), wanted)
     assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
 
 

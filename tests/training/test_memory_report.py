@@ -34,24 +34,47 @@ def test_all_parts_are_named_and_the_largest_is_marked():
 
 def test_a_gpu_that_is_too_small_is_told_with_what_each_option_would_bring(tiny_model):
     architecture = tiny_model / "unet" / "config.json"
-    config = config_of(optimizer="adamw")
+    config = config_of(optimizer="adamw", use_ema=True)
     needed = estimate(memory_report.setup_of(config, SPEC, architecture, SIZE)).peak
     assert "GPU" not in memory_report.report(config, SPEC, architecture, SIZE, needed)
     assert "GPU" not in memory_report.report(config, SPEC, architecture, SIZE, None)
     lines = memory_report.report(config, SPEC, architecture, SIZE, needed - 1).splitlines()[1:]
     assert "free" in lines[0]
     for option in ("USE_GRADIENT_CHECKPOINTING=true", "TRAIN_BATCH_SIZE=1", "GRADIENT_ACCUMULATION_STEPS=4",
-                   "PURE_BF16=true", "OPTIMIZER=adamw_bf16", "MODEL_TYPE=deepfloyd-lora"):  # fmt: skip
+                   "PURE_BF16=true", "OPTIMIZER=adamw_bf16", "OPTIMIZER=adamw8bit", "USE_EMA=false",
+                   "MODEL_TYPE=deepfloyd-lora"):  # fmt: skip
         assert any(option in line for line in lines[1:]), option
     brought = [float(line.split()[1]) for line in lines[1:]]
-    assert brought == sorted(brought) and len(brought) == 4
+    assert brought == sorted(brought) and len(brought) == 6
 
 
 def test_what_is_used_already_is_not_proposed_again():
     flags = {"gradient_checkpointing": True, "train_batch_size": 1, "pure_bf16": True, "model_type": "deepfloyd-lora"}
     assert list(memory_report.savings(config_of(**flags))) == []
+    small = {"optimizer": "adamw8bit", "model_type": "deepfloyd-full"}
+    assert [words.split("=")[0] for words, _ in memory_report.savings(config_of(**{**flags, **small}))] == ["MODEL_TYPE"]
     [(words, changed)] = memory_report.savings(config_of(**{**flags, "pure_bf16": False, "optimizer": "lion"}))
     assert "OPTIMIZER=lion" in words and changed.training.pure_bf16
+
+
+def test_from_prodigy_another_optimizer_is_proposed_with_a_rate_of_its_own():
+    flags = {"gradient_checkpointing": True, "train_batch_size": 1, "model_type": "deepfloyd-lora"}
+    [(words, _)] = memory_report.savings(config_of(**flags, pure_bf16=False, optimizer="prodigy", learning_rate=1))
+    assert "OPTIMIZER=adamw_bf16 (--optimizer) with LEARNING_RATE=4e-05 (--learning_rate)" in words
+
+
+def test_where_nothing_saves_memory_smaller_images_are_named_if_they_can_be(tiny_model):
+    flags = {"gradient_checkpointing": True, "train_batch_size": 1, "pure_bf16": True, "model_type": "deepfloyd-lora"}
+    for size, proposed in ((SIZE, False), (Size(96, 64), True)):
+        said = memory_report.report(config_of(**flags), SPEC, tiny_model / "unet" / "config.json", size, 1)
+        assert "smaller model" in said and ("RESOLUTION" in said) == proposed
+
+
+def test_a_dry_run_names_the_text_encoder_unless_it_is_kept_off_the_gpu(tiny_model):
+    for device, named in (("auto", True), ("cpu", False)):
+        config = config_of(dry_run=True, text_encoder_device=device)
+        said = memory_report.report(config, SPEC, tiny_model / "unet" / "config.json", SIZE, None)
+        assert ("TEXT_ENCODER_DEVICE" in said) == named
 
 
 def test_what_is_proposed_are_configs_that_the_front_door_takes():

@@ -3,11 +3,13 @@ from typing import get_args
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from helpers.config.optimizers import OPTIMIZERS as FACTS
 from helpers.config.options import OptimizerOptions
 from helpers.training import checkpoints, rounding
 from helpers.training.adamw_bf16 import AdamWBf16
+from helpers.training.memory import Ledger
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
 
 STEPS = 1000
@@ -32,6 +34,7 @@ def moved(
     decay: float = 0,
     steps: int = STEPS,
     rows: int = 128,
+    beta2: float = 0.999,
 ) -> torch.Tensor:
     """How far each of many weights of size `scale` moves, under noisy gradients that each pull one way."""
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +42,7 @@ def moved(
     start = (torch.randn(shape, generator=generator).sign() * scale).to(torch.bfloat16)
     weights = torch.nn.Parameter(start.to(dtype, copy=True))
     pull = torch.randn(shape, generator=generator)
-    optimizer = OPTIMIZERS[name]([weights], lr, AdamSettings(0.9, 0.999, 1e-8, decay))
+    optimizer = OPTIMIZERS[name]([weights], lr, AdamSettings(0.9, beta2, 1e-8, decay))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for _ in range(steps):
@@ -68,6 +71,12 @@ def test_adamw_bf16_keeps_99_percent_of_the_intended_movement(lr, scale):
 def test_each_optimizer_offered_with_pure_bf16_keeps_99_percent_of_the_intended_movement(name, lr, scale):
     rows = 128 if name == "ao_adamw8bit" else 512  # on a CPU its step takes long
     assert kept(name, lr, scale, steps=300, rows=rows) == pytest.approx(1, abs=0.01)
+
+
+def test_moments_of_8_bits_make_the_movement_of_float32_moments_at_a_low_beta2():
+    """Not at 0.999 or 0.99, where they make 6 to 7 % less, which the guide says; float32 weights do not change that."""
+    shares = [kept("adamw8bit", 1e-4, 0.01, "adamw", beta2=beta2, steps=300) for beta2 in (0.95, 0.999)]
+    assert shares == [pytest.approx(1, abs=0.01), pytest.approx(0.93, abs=0.05)]
 
 
 def test_plain_adamw_loses_movement_in_bfloat16_which_is_why_that_pairing_is_refused():
@@ -140,6 +149,33 @@ def test_each_optimizer_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, name, dt
     assert all((left != right).any() for left, right in zip(weights, start))
 
 
+@pytest.mark.parametrize("name", named([name for name in OPTIMIZERS if name not in LOSING]))
+def test_a_gradient_that_is_nan_leaves_no_weight_that_looks_sound_but_is_not(name):
+    """It becomes NaN, or stays as it was (bitsandbytes leaves it out), and never 0."""
+    weights = torch.nn.Parameter(torch.full((64, 128), 0.5).bfloat16())
+    optimizer = OPTIMIZERS[name]([weights], 1e-3, AdamSettings(0.9, 0.99, 1e-8, 0.01))
+    weights.grad = torch.full_like(weights, torch.nan)
+    optimizer.step()
+    assert (weights.isnan() | (weights > 0.49)).all()
+
+
+@without_torchao
+def test_torchaos_rounding_makes_0_of_cudas_nan_which_is_why_its_step_is_looked_after(monkeypatch):
+    from torchao.optim.adam import _AdamBase
+    from torchao.optim.quant_utils import _fp32_to_bf16_sr
+
+    def step(self: _AdamBase, closure: None) -> None:
+        [weights] = self.param_groups[0]["params"]
+        weights.data = _fp32_to_bf16_sr(torch.full(weights.shape, 0x7FFFFFFF, dtype=torch.int32).view(torch.float32))
+        assert (weights == 0).all()
+
+    monkeypatch.setattr(_AdamBase, "step", step)
+    weights = torch.nn.Parameter(torch.ones(64, 64).bfloat16())
+    weights.grad = torch.full_like(weights, torch.nan)
+    OPTIMIZERS["ao_adamw8bit"]([weights], 1e-3, AdamSettings(0.9, 0.99, 1e-8, 0.01)).step()
+    assert weights.isnan().all()
+
+
 def test_in_float32_adamw_bf16_is_plain_adamw():
     both = []
     for name in ("adamw", "adamw_bf16"):
@@ -166,26 +202,54 @@ def test_adamw_bf16_keeps_everything_in_bfloat16(monkeypatch):
     assert all((old != new).any() for old, new in zip(before, weights))
 
 
-def state_bytes(name: str, dtype: torch.dtype) -> float:
-    """Bytes of state a parameter, of a matrix of 512 x 512."""
-    weights = [torch.nn.Parameter(torch.randn(512, 512).to(dtype))]
+@pytest.mark.parametrize("name", ["adamw_bf16", "adamw8bit", "lion"])
+def test_a_large_parameter_is_updated_in_slices_as_it_would_be_at_once(monkeypatch, name):
+    """The same but for the random rounding, which takes other bits, in little memory."""
+    sliced, whole = [], []
+    for movement, chunk in ((sliced, 1 << 12), (whole, 1 << 30)):
+        monkeypatch.setattr(rounding, "CHUNK", chunk)
+        weights = torch.nn.Parameter(torch.full((100, 1050), 0.01).bfloat16())
+        optimizer = OPTIMIZERS[name]([weights], 1e-3, AdamSettings(0.9, 0.99, 1e-8, 0.0))
+        steps(name, [weights], optimizer, range(3))
+        ledger = Ledger([weights, weights.grad, *tensors_of(optimizer.state_dict())])
+        with ledger:
+            optimizer.step()
+        movement += [weights.detach().float() - 0.01, ledger.most_activations]
+    assert (sliced[0] - whole[0]).abs().max() <= 2**-11, "weights and moments were rounded four times"
+    assert (sliced[0] - whole[0]).mean().abs() < 1e-3 * whole[0].abs().mean()
+    assert sliced[1] < whole[1] / 20
+
+
+def tensors_of(state: object) -> list[torch.Tensor]:
+    return [one for one in tree_leaves(state) if isinstance(one, torch.Tensor)]
+
+
+def state_bytes(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
+    """Bytes of state a parameter, of a weight of this shape."""
+    weights = [torch.nn.Parameter(torch.randn(shape).to(dtype))]
     optimizer = OPTIMIZERS[name](weights, 1e-3, AdamSettings(0.9, 0.99, 1e-8, 0.01))
     steps(name, weights, optimizer, range(1))
-    seen: dict[int, int] = {}
-
-    def count(value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            seen[value.data_ptr()] = value.nbytes
-        elif isinstance(value, dict):
-            for entry in value.values():
-                count(entry)
-
-    count(optimizer.state_dict())
+    seen = {one.data_ptr(): one.nbytes for one in tensors_of(optimizer.state_dict())}
     return sum(seen.values()) / weights[0].numel()
 
 
 @pytest.mark.parametrize(
     "name, expected", [("adamw_bf16", 4), ("adamw8bit", 2), ("adafactor", 0), ("lion", 4)]
 )
-def test_what_the_state_takes_with_pure_bf16(name, expected):
-    assert state_bytes(name, torch.bfloat16) == pytest.approx(expected, abs=0.1)
+@pytest.mark.parametrize("shape", [(512, 512), (128, 128, 3, 3), (512, 512, 1, 1)])
+def test_what_the_state_takes_with_pure_bf16(name, expected, shape):
+    assert state_bytes(name, torch.bfloat16, shape) == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adafactor_takes_convolutions_as_matrices(dtype):
+    start = torch.randn(32, 8, 3, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    both = [torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.flatten(1).clone())]
+    for weights in both:
+        optimizer = OPTIMIZERS["adafactor"]([weights], 1e-3, AdamSettings(0.9, 0.99, 1e-8, 0.01))
+        for number in range(3):
+            gradient = torch.randn(start.shape, generator=torch.Generator().manual_seed(number))
+            weights.grad = gradient.reshape(weights.shape).to(dtype)
+            optimizer.step()
+    assert both[0].shape == start.shape and both[0].grad.shape == start.shape
+    assert torch.equal(both[0].flatten(1), both[1]) and not torch.equal(both[0], start)
