@@ -6,7 +6,8 @@
 Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs. `--only` takes names of
 cases, such as "I-M lora b4" or "I-M*"; what was measured before on the same machine and commit stays in the file.
 Without a GPU the architectures are shrunk, for trying the script anywhere, and no peak is told, which PyTorch does not
-know of a CPU; `--full_size` takes them as they are. Beside each peak stands what `--dry_run` estimates for it. The documents' figure for the first case is 22-24 GB.
+know of a CPU; `--full_size` takes them as they are. Beside each peak stands what `--dry_run` estimates for it. The
+documents' figure for the first case is 22-24 GB.
 """
 
 from __future__ import annotations

@@ -114,7 +114,7 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
 
 
 def _with_optimizer(config: Config, name: str) -> tuple[str, Config]:
-    """In words, with the rate that it needs where that of the config's optimizer means another thing; and the config."""
+    """In words, with the rate that it needs where the present one's means another thing, and as a config."""
     rate, words = OPTIMIZERS[name].learning_rate, f"OPTIMIZER={name} (--optimizer)"
     if OPTIMIZERS[config.optimizer.optimizer].learning_rate != rate:
         words += f" with LEARNING_RATE={rate:g} (--learning_rate)"

@@ -16,8 +16,8 @@ from torch.nn import Parameter
 CHUNK = 1 << 22
 """Elements that are updated at a time, which bounds the float32 copies (15 to 27 bytes an element) of large models.
 
-Whole blocks of 256, so that moments of 8 bits have the same scales in slices. It decides which states `InFloat32` keeps:
-with another value checkpoints cannot be gone on with.
+Whole blocks of 256, so that moments of 8 bits have the same scales in slices. It decides which states `InFloat32`
+keeps: with another value checkpoints cannot be gone on with.
 """
 
 

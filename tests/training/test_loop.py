@@ -208,6 +208,6 @@ def test_loss_options_reach_the_step(make_run):
 
     plain = loss()
     assert loss() == plain
-    later = {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 1e6, "timestep_bias_begin": 990}
+    later = {"timestep_bias_strategy": "range", "timestep_bias_multiplier": 1000, "timestep_bias_begin": 990}
     changed = [loss(snr_gamma=0.1), loss(snr_gamma=0.1, soft_min_snr=True), loss(noise_offset=0.5), loss(**later)]
     assert len({plain, *changed}) == 5

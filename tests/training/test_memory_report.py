@@ -51,8 +51,8 @@ def test_a_gpu_that_is_too_small_is_told_with_what_each_option_would_bring(tiny_
 def test_what_is_used_already_is_not_proposed_again():
     flags = {"gradient_checkpointing": True, "train_batch_size": 1, "pure_bf16": True, "model_type": "deepfloyd-lora"}
     assert list(memory_report.savings(config_of(**flags))) == []
-    small = {"optimizer": "adamw8bit", "model_type": "deepfloyd-full"}
-    assert [words.split("=")[0] for words, _ in memory_report.savings(config_of(**{**flags, **small}))] == ["MODEL_TYPE"]
+    small = {**flags, "optimizer": "adamw8bit", "model_type": "deepfloyd-full"}
+    assert [words.split("=")[0] for words, _ in memory_report.savings(config_of(**small))] == ["MODEL_TYPE"]
     [(words, changed)] = memory_report.savings(config_of(**{**flags, "pure_bf16": False, "optimizer": "lion"}))
     assert "OPTIMIZER=lion" in words and changed.training.pure_bf16
 
