@@ -94,7 +94,7 @@ if [ -n "$env_file" ]; then
     if [ ! -r "$env_file" ] || [ -d "$env_file" ]; then
         refuse "ENV_FILE: there is no file $env_file that can be read (relative paths count from $root)"
     fi
-    if [ -f "$env_file" ] && LC_ALL=C grep -q $'\r$' "$env_file"; then
+    if [ -f "$env_file" ] && LC_ALL=C grep -q -e $'\r$' -- "$env_file"; then
         refuse "$env_file has Windows line ends, which the shell takes for a part of the values: save it with Unix ones (LF)"
     fi
     echo "Reading $env_file" >&2

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import train_sd2x
 from benchmarks.machine import ROOT, write_result
@@ -29,13 +28,13 @@ from helpers.diffusion import timesteps
 from helpers.diffusion.noising import add_noise, gaussian
 from helpers.models.parts import Parts
 from helpers.training import loop
-from helpers.training.step import training_loss
+from helpers.training.step import StepLoss, training_loss
 
 ENV_FILE = ROOT / "examples" / "demo" / "sd2x-env-stage2-base.sh"
 RESULT = ROOT / "benchmarks" / "results" / "stage2_conditioning.json"
 
 
-def x_t_twice(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
+def x_t_twice(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> StepLoss:
     """The loss of a step that never shows the low-resolution image."""
     x = parts.spec.space.encode(batch.images)
     noise = gaussian(x.shape, parts.noise_offset, generator)
@@ -43,10 +42,10 @@ def x_t_twice(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torc
     x_t = add_noise(parts.schedule, x, noise, t)
     unet_input = torch.cat([x_t, x_t], dim=1)
     output = unet(unet_input, t, batch.prompt_embeds.to(x.dtype), class_labels=t).sample
-    return parts.objective(output.float(), x, x_t, noise, t)
+    return StepLoss(parts.objective(output.float(), x, x_t, noise, t), t)
 
 
-CONDITIONINGS: dict[str, Callable[..., Tensor]] = {"noised low resolution": training_loss, "x_t twice": x_t_twice}
+CONDITIONINGS: dict[str, Callable[..., StepLoss]] = {"noised low resolution": training_loss, "x_t twice": x_t_twice}
 
 
 def train(conditioning: str, output: Path, steps: int, env_file: Path) -> None:

@@ -71,9 +71,9 @@ def our_loop(run: Run, batch: Batch, steps: int) -> None:
     last = run.step + steps
 
     def stop(run: Run) -> None:
-        run.stop_signal = 1 if run.step == last else None
+        run.requests.stop = 1 if run.step == last else None
 
-    run.stop_signal = None
+    run.requests.stop = None
     train(run, endless(batch), [stop])
 
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
-import shlex
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +18,7 @@ from diffusers.utils import logging as diffusers_logging
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from helpers.caching.embeds import EmbedCache
+from helpers.caching.embeds import EmbedCache, NonFiniteEmbedding
 from helpers.caching.pixels import PixelCache
 from helpers.config.backends import Backends
 from helpers.config.checks import schedule_problems, smallest_edge
@@ -30,11 +26,14 @@ from helpers.config.load import Resolved, as_json, read_prompt_library
 from helpers.config.options import ROWS, Config
 from helpers.config.problems import ConfigError
 from helpers.data import preparation
+from helpers.data.audit import audit_captions, audit_images, text_side
+from helpers.data.audit_report import Audit, as_json_text, as_table
 from helpers.data.collate import Batch, Collator
 from helpers.data.dataset import Dataset
 from helpers.data.preparation import NULL_CAPTION, TextCaches
 from helpers.data.sampler import Position, Sampler
 from helpers.data.scan import DatasetError, write_left_out
+from helpers.files import free_bytes, write_whole
 from helpers.models import loading, published
 from helpers.models.adapters import Adapter
 from helpers.models.bitfit import BIASES_FILE
@@ -42,19 +41,17 @@ from helpers.models.facts import origin_of, variance_type_of
 from helpers.models.families import SPECS
 from helpers.models.loading import WeightsError
 from helpers.models.spec import Spec
-from helpers.training import assembly, checkpoints, loop, memory_report
-from helpers.training.assembly import Ending
+from helpers.training import assembly, checkpoints, loop, memory_report, space
+from helpers.training.assembly import Ending, Since
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.loop import Every, NonFiniteLoss, Run, require_finite
+from helpers.training.requests import Requests, resume_command
 from helpers.validation.eval_images import EvalImage, Upscales, choose, file_name
 from helpers.validation.prompts import PromptPictures, named_prompts, with_embeds
 from helpers.validation.render import Sampling, Validation
 
-REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError)
+REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError, NonFiniteEmbedding)
 """What the user's input can be wrong in: each says in words what to change."""
-
-COMMAND_MARK = "FLOYDTUNER_COMMAND"
-"""Set by train.sh to the command that its user typed."""
 
 REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")
 
@@ -69,17 +66,15 @@ class Job:
     spec: Spec
     adapter: Adapter
     prompts: Mapping[str, str]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return assembly.identity_of(self.options["options"])
+    since: Since = Since()
 
 
-def train(resolved: Resolved, backends: Backends) -> int:
+def train(resolved: Resolved, backends: Backends, requests: Requests) -> int:
     """Plan the data, check the weights, fill the caches, train, export. Returns the exit code.
 
     Raises:
-        one of `REFUSALS`: before any weights load.
+        one of `REFUSALS`: before the UNet's weights load.
+        Interrupted: before there was anything to save.
         NonFiniteLoss: training broke down; the checkpoints so far are intact.
     """
     _quieten_libraries()
@@ -88,11 +83,18 @@ def train(resolved: Resolved, backends: Backends) -> int:
     job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config), _prompts(config))
     _require_writable(job)
     configs = _check_model(job)
+    checkpoint = checkpoints.choose(config.run.output_dir, config.run.resume_from_checkpoint)
+    if checkpoint:
+        with checkpoints.refused_if_other(checkpoint):
+            job = replace(job, since=assembly.since(checkpoints.load_plain(checkpoint), config.training))
     datasets, prepared = _plan_data(job)
     data = {dataset.id: dataset.digest() for dataset in datasets}
-    checkpoint = _checkpoint(job, data)
+    if checkpoint:
+        _tell_changes(job, checkpoint, data)
     name, revision, variant = config.model.pretrained_model_name_or_path, config.model.revision, config.model.variant
-    _tell_memory(job, configs / "unet" / "config.json" if configs else published.architecture(name), datasets)
+    architecture = configs / "unet" / "config.json" if configs else published.architecture(name)
+    _tell_memory(job, architecture, datasets)
+    _tell_space(job, architecture, configs, datasets, prepared)
     if config.run.dry_run:
         looked_at = "The options, the data and the weights fit together." if configs else (
             f"The weights of {name} on the hub were not looked at."
@@ -104,12 +106,13 @@ def train(resolved: Resolved, backends: Backends) -> int:
     loading.check_weight_files(model, variant)
     origin = origin_of(name, config.family.key, spec, model, config.loss.train_variance)
     job = replace(job, adapter=replace(job.adapter, origin=origin))
-    sampler = _sampler(config, datasets)
-    ending = _ending(config, sampler)
-    _open_output(job, datasets)
+    sampler = _sampler(job, datasets)
+    ending = _ending(job, sampler)
+    _open_output(job)
     accelerator = assembly.create_accelerator(config)
     texts = _cache_texts(job, datasets, prepared, model, accelerator)
     run = assembly.create_run(config, spec, model, job.adapter, accelerator, ending.steps)
+    run.requests = requests
     if checkpoint:
         _resume(run, job, checkpoint, ending)
     assembly.start_tracker(accelerator, config, job.options["options"])
@@ -117,6 +120,44 @@ def train(resolved: Resolved, backends: Backends) -> int:
     collator = _collator(job, texts, pixels, pin_memory=accelerator.device.type == "cuda")
     batches = collator.stream(sampler.batches(run.position))
     return _train_and_export(run, job, model, validation, batches, data)
+
+
+def check(resolved: Resolved, backends: Backends) -> int:
+    """Print what is wrong with the data, and what a run with it would take; no weights are read.
+
+    Returns:
+        how many things were found.
+
+    Raises:
+        ConfigError: a folder for caches, where the index of the images goes, or for results cannot be written to.
+    """
+    _quieten_libraries()
+    config, spec = resolved.config, SPECS[resolved.config.family.key]
+    job = Job(config, as_json(resolved), backends, spec, assembly.adapter_of(config), _prompts(config))
+    _require_writable(job)
+    family, smallest = config.family, smallest_edge(config)
+    audited = [audit_images(entry, family.alignment, not family.upscales, smallest) for entry in backends.images]
+    captions = [caption for one in audited for caption in one.dataset.captions()]
+    prepared = preparation.prepare_captions(spec.text, captions)
+    text = text_side(spec.text, config.model.pretrained_model_name_or_path, config.model.revision)
+    findings = [finding for one in audited for finding in one.findings]
+    for one, entry in zip(audited, backends.images):
+        findings += audit_captions(one, entry, prepared, text)
+    usable = all(one.dataset.records for one in audited)
+    sampler = _sampler(job, [one.dataset for one in audited]) if usable else None
+    audit = Audit(
+        datasets=tuple(audited),
+        findings=tuple(findings),
+        batches=sampler.batches_by_dataset(0) if sampler else {},
+        steps=assembly.ending(config.training, sampler.batches_in_epoch).steps if sampler else None,
+        batches_per_step=config.training.gradient_accumulation_steps,
+        captions=len(set(captions)),
+        embed_bytes=text.embed_bytes(prepared.values()),
+        free_bytes=free_bytes(config.data.cache_dir),
+        not_looked_at=text.not_looked_at,
+    )
+    print(as_json_text(audit) if config.run.check == "json" else as_table(audit))
+    return len(audit.findings)
 
 
 def _require_writable(job: Job) -> None:
@@ -182,10 +223,10 @@ def _plan_data(job: Job) -> tuple[list[Dataset], dict[str, str]]:
     prepared = preparation.prepare_captions(job.spec.text, captions + prompts)
     for note in [note for dataset in datasets for note in preparation.caption_notes(dataset, prepared)]:
         print(note)
-    sampler = _sampler(job.config, datasets)
+    sampler = _sampler(job, datasets)
     for dataset, batches in zip(datasets, sampler.batches_by_dataset(0).values()):
         print(dataset.report(batches).describe())
-    steps = _ending(job.config, sampler).steps
+    steps = _ending(job, sampler).steps
     batch_size = job.config.training.train_batch_size * job.config.training.gradient_accumulation_steps
     print(f"{sampler.batches_in_epoch(0):,} batches an epoch; {steps:,} steps of up to {batch_size:,} images in all")
     return datasets, prepared
@@ -202,46 +243,66 @@ def _tell_memory(job: Job, architecture: Path | None, datasets: Sequence[Dataset
         print(memory_report.report(job.config, job.spec, architecture, largest, free))
 
 
-def _sampler(config: Config, datasets: Sequence[Dataset]) -> Sampler:
-    training = config.training
-    return Sampler(datasets, training.train_batch_size, training.seed, config.data.caption_dropout_probability)
+def _tell_space(
+    job: Job, architecture: Path | None, base: Path | None, datasets: Sequence[Dataset], prepared: Mapping[str, str]
+) -> None:
+    """Print what the run will write: all of it in a dry run, else what there is no room for.
+
+    Raises:
+        DiskFull: not even one checkpoint has room.
+    """
+    needs = space.cache_needs(job.backends, datasets, prepared, space.embed_size(job.spec.text, architecture))
+    if architecture:
+        needs += space.output_needs(job.config, job.spec, architecture, base)
+    for line in space.describe(needs) if job.config.run.dry_run else space.shortages(needs):
+        print(line)
+    if architecture is None:
+        print("What checkpoints take is not known: the model's architecture is on the hub.")
 
 
-def _ending(config: Config, sampler: Sampler) -> Ending:
+def _sampler(job: Job, datasets: Sequence[Dataset]) -> Sampler:
+    training, dropout = job.config.training, job.config.data.caption_dropout_probability
+    dealt = {job.since.epoch: job.since.dealt}
+    return Sampler(datasets, training.train_batch_size, training.seed, dropout, dealt)
+
+
+def _ending(job: Job, sampler: Sampler) -> Ending:
     """When the run ends, which is known once its images are.
 
     Raises:
         ConfigError: the learning rate's schedule needs more steps.
     """
-    ending = assembly.ending(config.training, sampler.batches_in_epoch(0))
-    problems = [str(problem) for problem in schedule_problems(config, *ending)]
+    ending = assembly.ending(job.config.training, sampler.batches_in_epoch, job.since)
+    problems = [str(problem) for problem in schedule_problems(job.config, *ending)]
     if problems:
         raise ConfigError(problems)
     return ending
 
 
-def _checkpoint(job: Job, data: Mapping[str, str]) -> Path | None:
-    """The checkpoint to go on from, if there is one and it fits the options and the data (digests by dataset)."""
-    checkpoint = checkpoints.choose(job.config.run.output_dir, job.config.run.resume_from_checkpoint)
-    if checkpoint:
-        checkpoints.require_same(checkpoint, job.identity, data)
-    return checkpoint
+def _tell_changes(job: Job, checkpoint: Path, data: Mapping[str, str]) -> None:
+    """Print what changed since a checkpoint, or refuse it; `data` has the datasets' digests."""
+    changed = checkpoints.changes(checkpoint, job.options["options"], assembly.IDENTITY, data)
+    for name, (old, new) in changed.items():
+        if name not in assembly.UNTOLD:
+            print(f"Changed since {checkpoint.name}: {name}: {old} -> {new}")
+    if "train_batch_size" in changed and job.since.dealt:
+        print(f"Epoch {job.since.epoch + 1} goes on with the images that it has not seen, in batches of the new size.")
 
 
-def _open_output(job: Job, datasets: Sequence[Dataset]) -> None:
+def _open_output(job: Job) -> None:
     """Make the output folder and write down what this run is."""
     output = job.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
     versions = {"python": platform.python_version()} | {name: version(name) for name in REPORTED_PACKAGES}
-    (output / "run.json").write_text(json.dumps({**job.options, "versions": versions}, indent=2) + "\n", "utf-8")
-    write_left_out(output / "left_out.json", {dataset.id: dataset.left_out for dataset in datasets})
+    write_whole(output / "run.json", (json.dumps({**job.options, "versions": versions}, indent=2) + "\n").encode())
+    checkpoints.sweep(output)
 
 
 def _cache_texts(
     job: Job, datasets: Sequence[Dataset], prepared: Mapping[str, str], model: Path, accelerator: Accelerator
 ) -> TextCaches:
     config = job.config
-    texts = preparation.open_text_caches(job.spec.text, model, job.backends, prepared)
+    texts = preparation.open_text_caches(job.spec.text, model, job.backends, prepared, config.model.variant)
     wanted = {cache_id: [NULL_CAPTION] for cache_id in texts.by_id}
     for backend, dataset in zip(job.backends.images, datasets):
         wanted[backend.text_embeds] += dataset.captions()
@@ -257,7 +318,7 @@ def _cache_texts(
 
 
 def _cache_pixels(job: Job, datasets: Sequence[Dataset]) -> tuple[list[Dataset], list[PixelCache]]:
-    """The datasets without what could not be decoded, and the cache of each."""
+    """The datasets without what could not be decoded, and the cache of each; what is left out is written down."""
     cached = [preparation.cache_pixels(dataset, backend) for dataset, backend in zip(datasets, job.backends.images)]
     kept = [dataset for dataset, _ in cached]
     for before, after in zip(datasets, kept):
@@ -265,6 +326,9 @@ def _cache_pixels(job: Job, datasets: Sequence[Dataset]) -> tuple[list[Dataset],
             lost = len(before.records) - len(after.records)
             images = "1 image" if lost == 1 else f"{lost} images"
             print(f"dataset {after.id!r}: {images} could not be decoded, left out: see left_out.json")
+    # Already here: where no image of a dataset is left, the run ends before it opens its output.
+    left_out = job.config.run.output_dir / "left_out.json"
+    write_left_out(left_out, {dataset.id: dataset.left_out for dataset in kept})
     return kept, [pixels for _, pixels in cached]
 
 
@@ -333,8 +397,11 @@ def _embed(texts: TextCaches, cache: EmbedCache, caption: str) -> torch.Tensor:
 
 
 def _resume(run: Run, job: Job, checkpoint: Path, ending: Ending) -> None:
-    job.adapter.load_weights(run.parts.unet, checkpoint)
-    run.restore(checkpoints.load_state(checkpoint)["run"])
+    with checkpoints.refused_if_other(checkpoint):
+        job.adapter.load_weights(run.parts.unet, checkpoint)
+        run.restore(checkpoints.load_state(checkpoint)["run"])
+    if run.step == job.since.step:  # its batches were cut anew here
+        run.position = Position(job.since.epoch, job.since.batch)
     for abandoned in checkpoints.set_aside_later(job.config.run.output_dir, checkpoint):
         print(f"Going back to {checkpoint.name}: a later checkpoint was moved to {_shown(abandoned)}.")
     if run.finished:
@@ -356,51 +423,38 @@ def _train_and_export(
 
     def save(run: Run) -> None:
         require_finite(run)
-        state = {"identity": job.identity, "data": data, "run": run.state()}
-        checkpoints.save(output, run.step, job.adapter, run.parts.unet, state, options.run.checkpoints_total_limit)
+        # What broke a streak of skipped steps may be in the weights already: then no older checkpoint goes.
+        keep = 0 if run.skipped_in_a_row else options.run.checkpoints_total_limit
+        state = {"options": job.options["options"], "since": job.since.state(), "data": data, "run": run.state()}
+        checkpoints.save(output, run.step, job.adapter, run.parts.unet, state, keep)
 
-    periodic = [Every(options.run.checkpointing_steps, save)]
-    if validation:
-        periodic.append(Every(options.validation.validation_steps, validation))
-        # The baseline; and the last one, where a run was stopped between its last checkpoint and its last pictures.
-        if run.step == 0 or (run.finished and not validation.is_done(run.step)):
-            validation(run)
-    with _stopping_on_signals(run):
+    def answer(run: Run) -> None:
+        run.requests.look(output)
+        if run.requests.save:
+            run.requests.save = False
+            save(run)
+            tqdm.write(f"Saved at step {run.step}, as SIGUSR1 asked.", file=sys.stderr)
+
+    periodic = [answer, Every(options.run.checkpointing_steps, save)]
+    with run.requests.deferred():
+        if validation:
+            often = Every(options.validation.validation_steps, validation)
+            periodic.append(often)
+            # The baseline; and what is missing where a run ended between a checkpoint and the pictures of its step.
+            if run.step == 0 or (often.is_due(run) and not validation.is_done(run.step)):
+                validation(run)
+        run.requests.look(output)
         try:
             loop.train(run, batches, periodic)
         finally:
-            run.accelerator.end_training()  # however it ends: an open tracker loses what it has not written yet
-        if not run.finished and not (output / f"checkpoint-{run.step}").exists():
-            save(run)
-    if run.finished:
-        _finish(run, job, model, validation)
-        return 0
-    print(f"\nSaved at step {run.step}. To go on:\n  {_resume_command(output)}", file=sys.stderr)
-    return 128 + run.stop_signal
-
-
-@contextmanager
-def _stopping_on_signals(run: Run) -> Iterator[None]:
-    """Within it the first SIGINT or SIGTERM ends the run after its step, saved; the second one ends it at once."""
-
-    def stop(number: int, frame: object) -> None:
-        run.stop_signal = number
-        signal.signal(number, signal.SIG_DFL)
-        tqdm.write("Interrupted: saving after this step. Once more ends it at once, unsaved.", file=sys.stderr)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _resume_command(output: Path) -> str:
-    """What was typed, with the output folder as it is now: an env file may compute it anew each time."""
-    typed = os.environ.get(COMMAND_MARK) or f"{shlex.quote(sys.executable)} {shlex.join(sys.argv)}"
-    to_go_on = f" --output_dir={shlex.quote(str(output))} --resume_from_checkpoint=latest"
-    return typed.removesuffix(to_go_on) + to_go_on  # it ends so already where the run was resumed before
+            with loop.curves(run):
+                run.accelerator.end_training()  # however it ends: an open tracker loses what it has not written yet
+        if run.finished:
+            _finish(run, job, model, validation)
+            return 0
+        save(run)
+    print(f"\nSaved at step {run.step}. To go on:\n  {resume_command(output)}", file=sys.stderr)
+    return 128 + run.requests.stop
 
 
 def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.files import printable, write_whole
+from helpers.files import DiskFull, printable, write_whole
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -24,7 +24,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "report.json"
     write_whole(path, b"old")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(DiskFull, match="No space left on device for report.json of 3 bytes in .* bytes are free"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 

@@ -39,6 +39,7 @@ VALUES = {
     "max_train_steps": ("10", 10),
     "num_train_epochs": ("3", 3),
     "max_grad_norm": ("0", 0),
+    "max_nonfinite_steps": ("0", 0),
     "gradient_checkpointing": ("yes", True),
     "mixed_precision": ("no", "no"),
     "pure_bf16": ("TRUE", True),
@@ -94,10 +95,12 @@ VALUES = {
     "tracker_project_name": ("mine", "mine"),
     "tracker_run_name": ("first", "first"),
     "dry_run": ("on", True),
+    "check": ("json", "json"),
+    "strict": ("true", True),
 }
 SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
 NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler=polynomial"],
-          "soft_min_snr": ["--snr_gamma=5"],
+          "soft_min_snr": ["--snr_gamma=5"], "strict": ["--check"],
           "timestep_bias_multiplier": ["--timestep_bias_strategy=later"],
           "timestep_bias_portion": ["--timestep_bias_strategy=later"],
           "timestep_bias_begin": ["--timestep_bias_strategy=range"],

@@ -31,7 +31,7 @@ sys.exit(int(os.environ.get("STAND_IN", "0")))
 def project(tmp_path):
     """A copy of what train.sh needs, with a trainer that prints its options."""
     for name in ("train.sh", "requirements.txt", "constraints.txt", "helpers/environment.sh", "helpers/__init__.py",
-                 "helpers/sizes.py"):
+                 "helpers/files.py", "helpers/sizes.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "helpers/config", tmp_path / "helpers/config", ignore=shutil.ignore_patterns("*.pyc"))
@@ -94,6 +94,15 @@ def test_another_env_file_and_paths_from_the_projects_root(project):
     (project / "my env.sh").write_text(LORA + 'BASE_DIR=runs\nexport OUTPUT_DIR="${BASE_DIR}/a b"\ncd /tmp; set -eu\n')
     values = options(run(project, env_file="exit 9", ENV_FILE="my env.sh"))
     assert values["output_dir"] == str(project / "runs/a b")
+
+
+def test_an_env_file_may_begin_with_a_dash_and_hold_quotes(project):
+    name = "-q $(touch executed) 'x'.sh"
+    (project / name).write_text(LORA + "TRAINING_SEED=9\n")
+    assert options(run(project, ENV_FILE=name))["seed"] == 9
+    (project / name).write_text(LORA + "TRAINING_SEED=9\r\n")
+    assert "Windows line ends" in run(project, ENV_FILE=name).stderr
+    assert not (project / "executed").exists()
 
 
 def test_config_json_alone_is_found(project):

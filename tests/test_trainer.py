@@ -1,14 +1,17 @@
 """Whole runs on the tiny cascade: what comes out, what is the same after a restart, what is refused."""
 
 import io
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,15 +24,19 @@ from safetensors.torch import load_file
 from helpers.models import loading
 from helpers.models.bitfit import BIASES_FILE
 from helpers.models.facts import read_adapter_facts
+from helpers.models.lora import LoRA
 from helpers.models.text import T5Encoder
-from helpers.trainer import COMMAND_MARK
-from helpers.training import checkpoints
+from helpers.training import checkpoints, loop
 from helpers.training.loop import Run
+from helpers.training.requests import COMMAND_MARK, STOP_FILE
+from helpers.training.step import StepLoss
 from helpers.validation.prompts import PromptPictures
-from helpers.validation.render import Sampling
+from helpers.validation.render import Sampling, Validation
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = "pytorch_lora_weights.safetensors"
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no", "--quiet"]
 
 
 def png() -> bytes:
@@ -358,6 +365,146 @@ def test_another_runs_checkpoint_is_refused_by_the_options_that_differ(trainer, 
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "output").rglob("*")) == before
 
 
+@pytest.fixture
+def seen(monkeypatch) -> list[list[str]]:
+    """The names of the images of each batch that is trained."""
+    batches, loss = [], loop.training_loss
+
+    def remember(parts, unet, batch, generator):
+        batches.append([use.record.path.name for use in batch.uses])
+        return loss(parts, unet, batch, generator)
+
+    monkeypatch.setattr(loop, "training_loss", remember)
+    return batches
+
+
+def test_what_may_change_on_resume_is_applied_and_told_and_no_image_comes_twice(trainer, tmp_path, capsys, seen):
+    output, epoch = tmp_path / "output", {"max_train_steps": 0, "num_train_epochs": 1}
+    assert trainer(max_train_steps=2, train_batch_size=3, learning_rate=1e-4) == 0
+    changed = {"learning_rate": 5e-5, "adam_weight_decay": 0.5, "train_batch_size": 2, "checkpointing_steps": 1}
+    capsys.readouterr()
+    assert trainer(**epoch, **changed) == 0
+    told = capsys.readouterr().out
+    for words in ("learning_rate: 0.0001 -> 5e-05", "train_batch_size: 3 -> 2", "adam_weight_decay: 0.01 -> 0.5"):
+        assert f"Changed since checkpoint-2: {words}" in told
+    assert [len(batch) for batch in seen] == [3, 3, 2, 2, 2, 2]
+    assert len({name for batch in seen for name in batch}) == 14
+    state = state_of(output, 6)
+    [group] = state[1]["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
+
+    for step in (5, 6):
+        shutil.rmtree(output / f"checkpoint-{step}")
+    assert trainer(**epoch, **changed) == 0
+    assert_equal(state_of(output, 6), state)
+    assert seen[6:] == seen[4:6]
+
+
+@pytest.mark.parametrize(
+    "flags", [{"lora_rank": 64}, {"model_type": "deepfloyd-full", "lora_rank": None, "use_ema": True}],
+    ids=["lora", "full"],
+)
+def test_a_dry_run_tells_the_disk_space_that_the_run_then_takes(trainer, tmp_path, tiny_model, capsys, flags):
+    flags |= {"max_train_steps": 1, "checkpoints_total_limit": 1, "mixed_precision": "bf16"}
+    assert trainer(**flags, dry_run=True) == 0
+    [told] = re.findall(r"Disk space needed.*?in all", capsys.readouterr().out, re.DOTALL)
+    kinds = {"checkpoints": "checkpoints of", "result": "result", "caches": r"(?:pixels of 14 im|text embeds of 14 cap)"}
+    says = {kind: sum(1e6 * float(size) for size in re.findall(rf"([\d.]+) MB  {words}", told))
+            for kind, words in kinds.items()}
+    assert trainer(**flags) == 0
+    output = tmp_path / "output"
+    takes = {
+        "checkpoints": 2 * size_of(output / "checkpoint-1"),
+        "result": size_of(output / "pipeline") if "model_type" in flags else (output / ADAPTER).stat().st_size,
+        "caches": sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors")),
+    }
+    for kind, taken in takes.items():
+        assert says[kind] == pytest.approx(taken, rel=0.2, abs=1e5), kind
+    capsys.readouterr()
+    assert trainer(**flags, dry_run=True) == 0
+    assert not re.search("pixels of|text embeds of", capsys.readouterr().out), "they are there now"
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_too_little_room_for_one_checkpoint_is_refused_before_anything_is_made(trainer, small_disk, capsys):
+    flags = {"model_type": "deepfloyd-full", "lora_rank": None, "output_dir": small_disk / "output"}
+    fill(small_disk, leaving=1_000_000)
+    assert trainer(**flags) == 4
+    told = capsys.readouterr()
+    assert "for one more checkpoint of" in told.err and "are missing" in told.err
+    assert "decode" not in told.out and not (small_disk / "output").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 4 MB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", folder], capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill(folder: Path, leaving: int) -> Path:
+    path = folder / "others"
+    path.write_bytes(bytes(max(0, shutil.disk_usage(folder).free - leaving)))
+    return path
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_its_own_code_and_the_run_goes_on(
+    trainer, small_disk, monkeypatch, capfd
+):
+    output = small_disk / "output"
+    flags = {"output_dir": output, "max_train_steps": 4, "checkpointing_steps": 1, "lora_rank": 1}
+
+    def fill_then_save(*arguments):
+        if arguments[1] == 3:
+            fill(small_disk, leaving=20_000)
+        return save(*arguments)
+
+    save = checkpoints.save
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "save", fill_then_save)
+        assert trainer(**flags) == 4
+    told = capfd.readouterr().err
+    assert re.search(r"No space left on device for checkpoint-3 of [\d,]+ bytes in .*: [\d,]+ are missing", told)
+    assert f"--output_dir={output} --resume_from_checkpoint=latest" in told and "Traceback" not in told
+    assert [path.name for path in checkpoints.found(output)] == ["checkpoint-1", "checkpoint-2"]
+    (small_disk / "others").unlink()
+    assert trainer(**flags) == 0
+    assert "Resumed from checkpoint-2" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["cache", "output"])
+def test_a_disk_that_is_full_before_training_is_told_in_words(trainer, small_disk, capfd, what):
+    fill(small_disk, leaving=0)
+    flags = {"cache_dir": small_disk} if what == "cache" else {"output_dir": small_disk}
+    assert trainer(**flags) == 4
+    told = capfd.readouterr().err
+    assert "No space left on device for " in told and str(small_disk) in told and "Traceback" not in told
+
+
+def test_pictures_and_curves_that_find_no_room_do_not_end_the_training(trainer, small_disk, monkeypatch, capfd):
+    others = fill(small_disk, leaving=250_000)
+
+    def make_room_and_save(*arguments):
+        others.unlink()
+        return save(*arguments)
+
+    save = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", make_room_and_save)
+    flags = {"validation_prompt": "a cat", "validation_steps": 1, "report_to": "tensorboard", "lora_rank": 1}
+    assert trainer(output_dir=small_disk / "output", max_train_steps=3, **flags) == 0
+    told = "".join(capfd.readouterr())
+    assert "No space is left for curves" in told and "Traceback" not in told
+    assert re.search("Validation at step 2 failed, training goes on: .*No space left on device for validation im", told)
+    assert (small_disk / "output" / ADAPTER).exists()
+
+
 def test_a_dataset_of_damaged_images_is_refused_before_the_text_encoder_loads(trainer, tmp_path, photos, capfd):
     folder = tmp_path / "damaged"
     folder.mkdir()
@@ -368,7 +515,9 @@ def test_a_dataset_of_damaged_images_is_refused_before_the_text_encoder_loads(tr
     assert trainer(data_backend_config=dataloader) == 2
     text = "".join(capfd.readouterr())
     assert "'damaged'" in text and "is damaged" in text and "captions to encode" not in text
-    assert not (tmp_path / "output").exists()
+    left_out = json.loads((tmp_path / "output" / "left_out.json").read_text())["damaged"]
+    assert {Path(entry["path"]).name for entry in left_out} == {path.name for path in folder.iterdir()}
+    assert all("damaged" in entry["reason"] for entry in left_out) and len(list((tmp_path / "output").iterdir())) == 1
 
 
 def test_left_out_images_are_listed_and_the_dataset_is_only_read(trainer, tmp_path, photos):
@@ -394,14 +543,52 @@ def test_a_cache_that_cannot_be_written_is_refused_in_words(trainer, capsys):
     assert "CACHE_DIR" in capsys.readouterr().err
 
 
-def test_an_error_in_validation_is_reported_and_training_goes_on(trainer, tmp_path, monkeypatch, capfd):
-    def fail(*_: object) -> None:
-        raise RuntimeError("no pictures today")
+@pytest.mark.parametrize("flags", [{}, {"use_ema": True}], ids=["", "average"])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("Tried to allocate 9 GiB"), MemoryError("no more"), KeyError("a bug"), OSError(5, "bad disk")],
+    ids=lambda error: type(error).__name__,
+)
+def test_validation_that_fails_is_reported_gives_its_memory_back_and_leaves_training_as_it_was(
+    trainer, tmp_path, monkeypatch, capfd, error, flags
+):
+    made, seen = [], []
+    common = {"learning_rate": 1e-2, "lora_dropout": 0.2, "max_train_steps": 3, **flags}
 
+    def fail(self: PromptPictures, run: Run, folder: Path) -> None:
+        pictures = torch.rand(100, 100)  # draws a number that training would have got
+        made.append(weakref.ref(pictures))
+        held = type(error)(*error.args)  # a cycle through the traceback, which only the collector takes apart
+        raise held
+
+    def look(self: Validation, run: Run) -> None:
+        validate(self, run)
+        seen.append((run.unet.training, [reference() for reference in made]))
+
+    validate = Validation.__call__
     monkeypatch.setattr(PromptPictures, "render", fail)
-    assert trainer(validation_prompt="a cat", validation_steps=1) == 0
+    monkeypatch.setattr(Validation, "__call__", look)
+    assert trainer(output_dir=tmp_path / "with", validation_prompt="a cat", validation_steps=1, **common) == 0
     text = "".join(capfd.readouterr())
-    assert "no pictures today" in text and "training goes on" in text
+    for step in range(4):
+        assert f"Validation at step {step} failed, training goes on: {type(error).__name__}: " in text
+    assert str(error) in text
+    assert all(mode == (step > 0) for step, (mode, _) in enumerate(seen))
+    assert all(reference is None for _, references in seen for reference in references)
+    monkeypatch.undo()
+    assert trainer(output_dir=tmp_path / "without", validation_prompt=None, **common) == 0
+    assert_equal(state_of(tmp_path / "with", 3), state_of(tmp_path / "without", 3))
+    assert_equal(load_file(tmp_path / "with" / ADAPTER), load_file(tmp_path / "without" / ADAPTER))
+
+
+def test_pictures_that_cannot_be_set_side_by_side_do_not_end_a_run_that_is_done(trainer, tmp_path, monkeypatch, capfd):
+    def spoil(run: Run, *arguments: object) -> None:
+        for picture in (tmp_path / "output" / "validation_images").rglob("a_cat*.png"):
+            picture.write_bytes(b"damaged")
+
+    monkeypatch.setattr(loop.Progress, "__exit__", spoil)
+    assert trainer(validation_prompt="a cat") == 0
+    assert "cannot be set side by side" in "".join(capfd.readouterr())
     assert (tmp_path / "output" / ADAPTER).exists()
 
 
@@ -472,13 +659,112 @@ def test_a_changed_dataset_is_refused_on_resume_by_its_name(trainer, tmp_path, p
     assert "dataset 'changing' changed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number, code, resumed", [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)])
+def sending(number: int, function: Callable, at: int) -> Callable:
+    """The function, sending this process a signal as it is called for the `at`-th time."""
+    calls = itertools.count(1)
+
+    def call(*arguments: object, **named: object) -> object:
+        if next(calls) == at:
+            os.kill(os.getpid(), number)
+        return function(*arguments, **named)
+
+    return call
+
+
+# What is called then, for the how many-th time, the signal, and the step that is saved.
+MOMENTS = {
+    "caching texts": (T5Encoder, "__call__", 2, signal.SIGTERM, None),
+    "loading": (loading, "load", 1, signal.SIGINT, None),
+    "first pictures": (PromptPictures, "render", 1, signal.SIGINT, 0),
+    "step": (loop, "training_loss", 2, signal.SIGTERM, 2),
+    "pictures": (PromptPictures, "render", 2, signal.SIGTERM, 2),
+    "save": (LoRA, "save_weights", 1, signal.SIGINT, 2),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_at_any_moment_ends_the_run_in_good_order_and_it_goes_on_as_if_there_had_been_none(
+    trainer, tmp_path, monkeypatch, capfd, moment
+):
+    where, name, at, number, step = MOMENTS[moment]
+    flags = {"max_train_steps": 3, "checkpointing_steps": 2, "validation_steps": 2, "validation_prompt": "a cat"}
+    flags |= {"text_encoder_batch_size": 4, "validation_num_inference_steps": 1, "validation_guidance": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(where, name, sending(number, getattr(where, name), at))
+        assert trainer(**flags) == 128 + number
+    printed, said = capfd.readouterr()
+    assert f" --output_dir={tmp_path / 'output'} --resume_from_checkpoint=latest" in said
+    assert "Once more ends it at once" in said
+    assert [path.name for path in checkpoints.found(tmp_path / "output")] == ([] if step is None else [f"checkpoint-{step}"])
+    encoded = []
+    with monkeypatch.context() as patched:
+        encode = T5Encoder.__call__
+        patched.setattr(T5Encoder, "__call__", lambda self, texts: (encoded.extend(texts), encode(self, texts))[1])
+        assert trainer(**flags) == 0
+    captions = int(re.search(r"(\d+) captions to encode", printed)[1])
+    assert len(encoded) == (captions - 4 if moment == "caching texts" else 0), "what was encoded before it stays"
+    assert trainer(**flags, output_dir=tmp_path / "whole") == 0
+    assert_equal(state_of(tmp_path / "whole", 3), state_of(tmp_path / "output", 3))
+    pictures = {path.relative_to(tmp_path / "whole"): path.read_bytes() for path in (tmp_path / "whole").rglob("*.png")}
+    assert pictures and all((tmp_path / "output" / name).read_bytes() == content for name, content in pictures.items())
+
+
+def test_a_signal_during_the_export_does_not_break_it_off(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoRA, "export", sending(signal.SIGTERM, LoRA.export, 1))
+    assert trainer() == 0
+    assert (tmp_path / "output" / ADAPTER).exists()
+
+
+def test_a_file_named_stop_does_as_a_signal_and_is_gone_when_the_run_goes_on(trainer, tmp_path, monkeypatch, capfd):
+    stop = tmp_path / "output" / STOP_FILE
+    with monkeypatch.context() as patched:
+        loss = loop.training_loss
+        patched.setattr(loop, "training_loss", lambda *arguments: (stop.touch(), loss(*arguments))[1])
+        assert trainer(max_train_steps=3) == 143
+    assert "Saved at step 1" in capfd.readouterr().err and not stop.exists()
+    assert [path.name for path in checkpoints.found(tmp_path / "output")] == ["checkpoint-1"]
+    assert trainer(max_train_steps=3) == 0
+
+
+def test_sigusr1_saves_and_goes_on(trainer, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(loop, "training_loss", sending(signal.SIGUSR1, loop.training_loss, 2))
+    assert trainer(max_train_steps=3, checkpointing_steps=0) == 0
+    assert [path.name for path in checkpoints.found(tmp_path / "output")] == ["checkpoint-2", "checkpoint-3"]
+    assert "Saved at step 2, as SIGUSR1 asked" in capfd.readouterr().err
+
+
+def test_an_embedding_that_is_not_finite_ends_the_run_in_words_before_training(trainer, tmp_path, monkeypatch, capfd):
+    encode = T5Encoder.__call__
+    monkeypatch.setattr(T5Encoder, "__call__", lambda self, texts: encode(self, texts) * torch.inf)
+    assert trainer() == 2
+    said = capfd.readouterr().err
+    assert "the text encoder returned inf or NaN for the caption '" in said and "Traceback" not in said
+
+
+def test_while_steps_are_skipped_no_older_checkpoint_is_deleted(trainer, tmp_path, monkeypatch):
+    calls, loss = itertools.count(1), loop.training_loss
+
+    def spoil(*arguments: object) -> StepLoss:
+        made = loss(*arguments)
+        return made._replace(loss=made.loss * torch.nan) if next(calls) > 2 else made
+
+    monkeypatch.setattr(loop, "training_loss", spoil)
+    flags = {"max_train_steps": 9, "checkpointing_steps": 1, "checkpoints_total_limit": 1, "max_nonfinite_steps": 3}
+    assert trainer(**flags) == 3
+    assert [path.name for path in checkpoints.found(tmp_path / "output")] == [f"checkpoint-{n}" for n in (2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    "number, code, resumed, launcher",
+    [(signal.SIGINT, 130, False, []), (signal.SIGTERM, 143, True, []), (signal.SIGTERM, -15, False, ACCELERATE)],
+    ids=["SIGINT", "SIGTERM, resumed before", "accelerate launch"],
+)
 def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
-    tmp_path, tiny_model, dataloader, number, code, resumed
+    tmp_path, tiny_model, dataloader, number, code, resumed, launcher
 ):
     to_go_on = f" --output_dir={tmp_path / 'output'} --resume_from_checkpoint=latest"
     typed = {COMMAND_MARK: f"./train.sh{to_go_on}"} if resumed else {}
-    command = [sys.executable, "train_sd2x.py", "--model_type=deepfloyd-lora", "--max_train_steps=100000"]
+    command = [sys.executable, *launcher, "train_sd2x.py", "--model_type=deepfloyd-lora", "--max_train_steps=100000"]
     command += [f"--pretrained_model_name_or_path={tiny_model}", f"--data_backend_config={dataloader}"]
     command += [f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'output'}", "--report_to=none"]
     errors = tmp_path / "errors"
@@ -489,6 +775,10 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
             time.sleep(0.2)
         process.send_signal(number)
         assert process.wait(60) == code
+        # `accelerate launch` does not wait for the process that it started, which sees that it is gone.
+        deadline = time.monotonic() + 60
+        while "Saved at step" not in errors.read_text(errors="replace") and time.monotonic() < deadline:
+            time.sleep(0.2)
     [checkpoint] = checkpoints.found(tmp_path / "output")
     text = errors.read_text()
     assert f"Saved at step {checkpoint.name.removeprefix('checkpoint-')}" in text
@@ -496,8 +786,7 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
 
 
 def test_accelerate_launch_is_a_door_too(tmp_path, tiny_model, dataloader):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
-    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--quiet", "train_sd2x.py"]
+    launch = [sys.executable, *ACCELERATE, "train_sd2x.py"]
     flags = ["--model_type", "deepfloyd-lora", "--pretrained_model_name_or_path", str(tiny_model), "--lora_rank", "2"]
     flags += ["--data_backend_config", str(dataloader), "--cache_dir", str(tmp_path / "cache"), "--max_train_steps", "1"]
     flags += ["--output_dir", str(tmp_path / "output"), "--mixed_precision", "no"]

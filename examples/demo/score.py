@@ -139,7 +139,7 @@ def load_pipeline(model: Path, lora: Path | None) -> IFPipeline:
     """The pipeline in a folder, with an adapter if one is given."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pipeline = IFPipeline.from_pretrained(model)
+    pipeline = IFPipeline.from_pretrained(model, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         load_adapter(pipeline, lora)

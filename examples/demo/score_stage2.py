@@ -70,7 +70,7 @@ def load_pipeline(model: Path, lora: Path | None = None) -> IFSuperResolutionPip
     """The pipeline in a folder, with an adapter if one is given."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pipeline = IFSuperResolutionPipeline.from_pretrained(model)
+    pipeline = IFSuperResolutionPipeline.from_pretrained(model, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         load_adapter(pipeline, lora)

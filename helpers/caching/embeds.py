@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -13,7 +14,7 @@ from textwrap import shorten
 import torch
 from tqdm import tqdm
 
-from helpers.caching.store import ShardStore, Writer
+from helpers.caching.store import ShardStore, Writer, claimed_records
 
 NAMED = 3
 """How many of the captions that are too long the console names."""
@@ -34,13 +35,38 @@ class EmbedCache:
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, str]) -> None:
-        recipe = {"kind": "text embeds", **fingerprint}
-        name = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=10).hexdigest()
-        self.store = ShardStore(folder / name, recipe)
+        self._recipe = {"kind": "text embeds", **fingerprint}
+        name = hashlib.blake2b(json.dumps(self._recipe, sort_keys=True).encode(), digest_size=10).hexdigest()
+        self.store = ShardStore(folder / name, self._recipe)
 
     def missing(self, texts: Iterable[str]) -> list[str]:
         """Those texts, each once and in order, that have no embedding yet."""
         return [text for text in dict.fromkeys(texts) if text_key(text) not in self.store]
+
+    def plan(self, texts: Iterable[str]) -> str:
+        """How many of these texts are cached, how many have to be encoded, and why, in words."""
+        unique = list(dict.fromkeys(texts))
+        missing = self.missing(unique)
+        words = f"{len(unique) - len(missing):,} captions encoded before"
+        if not missing:
+            return f"{words}, 0 to encode"
+        damaged, others = self.store.damaged_keys(), self._others()
+        reasons = Counter(_why(text_key(text), damaged, others) for text in missing)
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        return f"{words}, {len(missing):,} captions to encode ({why})"
+
+    def _others(self) -> dict[str, str]:
+        """Texts that other encoders encoded in the same folder, by their keys, and in what those differ."""
+        differing: dict[str, tuple[str, ...]] = {}
+        for folder in self.store.folder.parent.iterdir():
+            if folder == self.store.folder or not folder.is_dir():
+                continue
+            for recipe, keys in claimed_records(folder):
+                parts = tuple(part for part in self._recipe if recipe.get(part) != self._recipe[part])
+                if "kind" not in parts:
+                    nearer = {key: parts for key in keys if len(parts) < len(differing.get(key, self._recipe))}
+                    differing |= nearer
+        return {key: " and ".join(parts) for key, parts in differing.items()}
 
     def build(
         self,
@@ -59,13 +85,14 @@ class EmbedCache:
         Raises:
             NonFiniteEmbedding: the encoder overflowed.
         """
+        texts = list(texts)
         lengths = {text: length_of(text) for text in self.missing(texts)}
         wanted = sorted(lengths, key=lengths.__getitem__, reverse=True)
         if not wanted:
             return
         if self.store.damaged:
             tqdm.write(self.store.damage())
-        tqdm.write(f"Text embeds: {len(wanted):,} captions to encode, in batches of {batch_size}")
+        tqdm.write(f"Text embeds: {self.plan(texts)}, in batches of {batch_size}")
         if cut := [text for text in wanted if lengths[text] > limit]:
             tqdm.write(_cut(cut, lengths[cut[0]], limit))
         with self.store.writer() as writer, tqdm(total=len(wanted), desc="text embeds", unit="caption") as bar:
@@ -116,6 +143,13 @@ class EmbedCache:
 
 def text_key(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _why(key: str, damaged: set[str], others: Mapping[str, str]) -> str:
+    """Why a text is not encoded yet."""
+    if key in damaged:
+        return "of a damaged shard"
+    return f"so far with another {others[key]}" if key in others else "new"
 
 
 def _add(writer: Writer, texts: Sequence[str], embeds: torch.Tensor) -> None:

@@ -7,6 +7,7 @@ name means the same bytes), and a store is resumed by listing its folder.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import mmap
@@ -14,6 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from helpers.files import delete_stale_partials, write_whole
@@ -75,7 +78,7 @@ class ShardStore:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
             for path, header in zip(paths, pool.map(_verified_header, paths)):
                 if header is None:
-                    damaged.append(path)
+                    damaged += [path] if path.exists() else []  # another run may have deleted a damaged one just now
                 elif header.get("__metadata__") != self._metadata:
                     foreign.append(path)
                 else:
@@ -151,7 +154,8 @@ class ShardStore:
         """Write one shard, whole or not at all, and make its records readable."""
         content = save(dict(records), self._metadata)
         shard = self.folder / f"{hashlib.sha256(content).hexdigest()[:_NAME_LENGTH]}.safetensors"
-        write_whole(shard, content)
+        with _locked(self.folder, fcntl.LOCK_SH):
+            write_whole(shard, content)
         self.damaged = tuple(path for path in self.damaged if path != shard)  # made again, byte for byte
         self._add_shard(shard)
 
@@ -162,11 +166,35 @@ class ShardStore:
         names = ", ".join(path.name for path in self.damaged)
         return f"{self.folder}: damaged, so what is needed of it is made again: {names}"
 
+    def damaged_keys(self) -> set[str]:
+        """The keys that damaged shards still name: good enough to tell the user what is made again, for nothing else."""
+        return {key for path in self.damaged for key in _claimed_header(path) if key != "__metadata__"}
+
     def drop_damaged(self) -> None:
-        """Delete the damaged shards: nothing in them can be trusted, and what is needed has been made again."""
-        for path in self.damaged:
-            path.unlink(missing_ok=True)
+        """Delete the damaged shards: nothing in them can be trusted, and what is needed has been made again.
+
+        A shard that another run has made again since this store was opened has the same name, and stays. The lock
+        keeps that run from doing so between the look and the deletion; while one publishes, or where the file system
+        knows no locks, the damaged shards stay until the next time.
+        """
+        if not self.damaged:
+            return
+        with _locked(self.folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
+            if alone:
+                for path in self.damaged:
+                    if _verified_header(path) is None:
+                        path.unlink(missing_ok=True)
         self.damaged = ()
+
+
+def stored_keys(folder: Path) -> set[str]:
+    """The keys of all shards below a folder, as their headers have them: no more is read, and nothing verified."""
+    keys: set[str] = set()
+    for shard in folder.rglob("*.safetensors"):
+        with suppress(OSError, SafetensorError):  # it is damaged, or goes away: what was in it is made again
+            with safe_open(shard, "numpy") as file:
+                keys.update(file.keys())
+    return keys
 
 
 class Writer:
@@ -208,6 +236,21 @@ class Writer:
         self._records, self._nbytes = {}, 0
 
 
+@contextmanager
+def _locked(folder: Path, kind: int) -> Iterator[bool]:
+    """Hold a lock on a folder, of the `kind` that flock takes; yields whether it was to be had."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, kind)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
 @cache
 def _memory() -> int:
     """Bytes of the machine's memory."""
@@ -227,9 +270,36 @@ def _read_header(path: Path) -> tuple[dict, int]:
         return json.loads(file.read(length)), 8 + length
 
 
+def claimed_records(folder: Path) -> Iterator[tuple[Mapping[str, str], list[str]]]:
+    """The recipe and keys of each shard of a folder, by their headers alone: to tell the user, and for nothing else."""
+    for path in folder.iterdir():
+        header = _claimed_header(path) if _SHARD_NAME.fullmatch(path.name) else {}
+        keys = [key for key in header if key != "__metadata__"]
+        try:
+            recipe = json.loads(header["__metadata__"]["floydtuner"])["recipe"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            continue
+        if isinstance(recipe, dict):
+            yield recipe, keys
+
+
+def _claimed_header(path: Path) -> dict:
+    """What a shard that may be damaged says of itself; {} if that cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+        header = _read_header(path)[0] if length < path.stat().st_size else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
 def _verified_header(path: Path) -> dict | None:
-    """The shard's header; None if the shard is damaged. A disk that cannot be read raises OSError: no verdict."""
-    return _read_header(path)[0] if _checksum(path) == path.stem else None
+    """The shard's header; None if it is damaged, or gone. A disk that cannot be read raises OSError: no verdict."""
+    try:
+        return _read_header(path)[0] if _checksum(path) == path.stem else None
+    except FileNotFoundError:
+        return None
 
 
 def _checksum(path: Path) -> str:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import re
+import warnings
+
+
+LONGEST_TEXT = 20_000
+"""Letters of a caption that are looked at; the encoder reads 77 tokens."""
+
+LONG_WORD = re.compile(r"(\S{1000})\S+")
+"""What is no word: on a million letters without a space the cleaning would take days, its time being quadratic."""
 
 
 def clean(caption: str) -> str:
     """Lower case, without links, markup and the like, by the cleaning of diffusers' IF pipelines, which runs it twice.
+
+    Of a text of more than `LONGEST_TEXT` letters, or a word of more than 1,000, only so many are read.
 
     Raises:
         ModuleNotFoundError: if beautifulsoup4 or ftfy is missing: without them diffusers only lowers the case, which
             would train on other captions than IF's.
     """
     # Imported here: diffusers takes seconds, and what only counts and reads captions must not pay for it.
-    import bs4  # noqa: F401
+    import bs4
     import ftfy  # noqa: F401
     from diffusers import IFPipeline
 
     # The method reads one constant of its class and no weights, so an instance without parts is enough.
     pipeline = IFPipeline.__new__(IFPipeline)
-    return pipeline._text_preprocessing(caption, clean_caption=True)[0]
+    readable = LONG_WORD.sub(r"\1", caption[:LONGEST_TEXT])
+    with warnings.catch_warnings():
+        # bs4 warns of captions that look like a path or a link: no business of a log.
+        warnings.simplefilter("ignore", bs4.MarkupResemblesLocatorWarning)
+        return pipeline._text_preprocessing(readable, clean_caption=True)[0]
 
 
 def erased_words(caption: str, cleaned: str) -> set[str]:
@@ -27,5 +41,5 @@ def erased_words(caption: str, cleaned: str) -> set[str]:
 
     Markup, links and mentions do not count: nobody writes them to be learned.
     """
-    written = re.sub(r"<[^>]*>|https?:\S+|@\S+", " ", caption.lower())
+    written = re.sub(r"<[^<>]*>|https?:\S+|@\S+", " ", caption[:LONGEST_TEXT].lower())
     return set(re.findall(r"\w+", written)) - set(re.findall(r"\w+", cleaned))

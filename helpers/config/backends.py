@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 from helpers.config.checks import resolution_problem
 from helpers.config.jsonfile import read_json
 from helpers.config.options import (
+    LONGEST_FOLDER,
     ROWS,
     CaptionStrategy,
     Config,
@@ -26,9 +28,11 @@ from helpers.config.options import (
     Real,
     ResolutionType,
     Switch,
+    Text,
     Whole,
+    folder_name,
 )
-from helpers.config.problems import ConfigError, did_you_mean, found, invalid_values
+from helpers.config.problems import MOST_PROBLEMS, ConfigError, did_you_mean, found, invalid_values, key_name
 
 REFUSED: Mapping[tuple[str, str], str] = MappingProxyType({
     ("type", "aws"): "only local folders are read: download it and type local",
@@ -83,7 +87,7 @@ class ImageBackend(Group):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    id: str = Field(description="Unique name of the dataset.")
+    id: Text = Field(description="Unique name of the dataset.")
     type: Literal["local"] = Field("local", description="Where the images lie: in a local folder.")
     dataset_type: Literal["image"] = Field("image", description="What the entry is: a dataset of images.")
     disabled: Switch = Field(False, description="Leave the dataset out. `disable` says the same.")
@@ -105,12 +109,12 @@ class ImageBackend(Group):
     aspect_bucket_rounding: Whole = _inherited("aspect_bucket_rounding", ge=1, le=9)
     downsample_method: DownsampleMethod = _inherited("downsample_method")
     caption_strategy: CaptionStrategy = _inherited("caption_strategy")
-    instance_prompt: str | None = _inherited("instance_prompt")
+    instance_prompt: Text | None = _inherited("instance_prompt")
     prepend_instance_prompt: Switch = Field(False, description="Put instance_prompt and a space before each caption.")
     only_instance_prompt: Switch = Field(False, description="Use instance_prompt in place of every caption.")
     repeats: Whole = Field(0, ge=0, description="How many more times an epoch sees each image: 0 is once, 1 twice.")
     probability: Real = Field(1.0, gt=0, description="Weight in drawing which dataset the next batch comes from.")
-    text_embeds: str = Field("", description="Id of the text_embeds entry to use; default: the default one.")
+    text_embeds: Text = Field("", description="Id of the text_embeds entry to use; default: the default one.")
 
 
 class TextEmbedsBackend(Group):
@@ -118,7 +122,7 @@ class TextEmbedsBackend(Group):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    id: str = Field(description="Unique name of the cache.")
+    id: Text = Field(description="Unique name of the cache.")
     type: Literal["local"] = Field("local", description="Where the cache lies: in a local folder.")
     dataset_type: Literal["text_embeds"] = Field(description="What the entry is: a folder of text embeds.")
     disabled: Switch = Field(False, description="Leave the entry out. `disable` says the same.")
@@ -147,7 +151,11 @@ def load_backends(path: Path, config: Config, refused: AbstractSet[str] = frozen
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ConfigError([f'{path}: needs an array of objects: [{{"id": ..., "instance_data_dir": ...}}]'])
     problems = _id_problems(entries)
-    parsed = [_parse(entry, place, config, refused, problems) for place, entry in enumerate(entries, start=1)]
+    parsed = []
+    for place, entry in enumerate(entries, start=1):
+        parsed.append(_parse(entry, place, config, refused, problems))
+        if len(problems) > MOST_PROBLEMS:  # no more are shown, and there may be a million entries
+            break
     enabled = [item for item in parsed if item is not None and not item.disabled]
     images = [item for item in enabled if isinstance(item, ImageBackend)]
     texts = [item for item in enabled if isinstance(item, TextEmbedsBackend)]
@@ -183,7 +191,7 @@ def _parse(
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     own, words = _own_values(entry, fields)
     inherited = {} if is_text else {name: getattr(config.data, name) for name in fields if name in _FLAGS_OF_DATA}
-    defaults = {} if own.get("id") is None else _default_folder(is_text, own["id"], config)
+    defaults = _default_folder(is_text, own["id"], config) if _names_a_folder(own.get("id")) else {}
     item, wrong = _validated(model, own, {**defaults, **inherited})
     words += [f'key "{key}": {sentence}' for key, sentence in wrong.items()]
     if isinstance(item, ImageBackend) and not item.disabled:
@@ -202,7 +210,7 @@ def _validated(
     except ValidationError as error:
         fields = {field.alias or name: field for name, field in model.model_fields.items()}
         wrong = _value_problems(error, fields)
-        possible = all(not fields[key].is_required() for key in wrong)
+        possible = all(key in own and not fields[key].is_required() for key in wrong)
         right = {key: value for key, value in own.items() if key not in wrong}
         return model.model_validate({**defaults, **right}) if possible else None, wrong
 
@@ -218,10 +226,18 @@ def _own_values(entry: Mapping[str, Any], fields: Mapping[str, FieldInfo]) -> tu
         disable = own.pop("disable")
         if own.setdefault("disabled", disable) != disable:
             words.append(f'key "disable": found {found(disable)} beside the opposite "disabled": remove one')
-    for key in [key for key in own if key not in fields]:
-        own.pop(key)
-        words.append(f'key "{key}": not known here' + (did_you_mean(key, fields) or f"; known: {', '.join(fields)}"))
-    return own, words
+    unknown = [key for key in own if key not in fields]
+    for key in unknown[:MOST_PROBLEMS]:
+        hint = did_you_mean(key, fields) or f"; known: {', '.join(fields)}"
+        words.append(f"key {key_name(key)}: not known here{hint}")
+    return {key: value for key, value in own.items() if key in fields}, words
+
+
+def _names_a_folder(entry_id: object) -> bool:
+    try:
+        return isinstance(entry_id, str) and bool(folder_name(entry_id))
+    except ValueError:
+        return False
 
 
 def _default_folder(is_text: bool, entry_id: object, config: Config) -> dict[str, str]:
@@ -245,11 +261,12 @@ def _value_problems(error: ValidationError, fields: Mapping[str, FieldInfo]) -> 
 
 def _image_problems(image: ImageBackend, config: Config) -> Iterator[tuple[set[str], str]]:
     """What is wrong between an entry's keys: the keys that were looked at, and the words."""
-    if image.id in ("", ".", "..") or set(image.id) & set("/\\\0"):
-        yield {"id"}, 'key "id": it names a folder of the cache, so it needs letters, and no slashes'
+    if not _names_a_folder(image.id):
+        words = f"it names a folder of the cache, so it needs letters, at most {LONGEST_FOLDER} bytes, and no slashes"
+        yield {"id"}, f'key "id": {words} or line breaks'
     folder = image.instance_data_dir
-    if not folder.is_dir():
-        reason = "which is a file" if folder.exists() else "which does not exist"
+    if not os.path.isdir(folder):
+        reason = "which is a file" if os.path.exists(folder) else "which does not exist"
         words = f"found {found(str(folder))}, {reason}: type the folder of your images"
         yield {"instance_data_dir"}, f'key "instance_data_dir": {words}'
     words = resolution_problem(image.resolution, image.resolution_type, config)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from helpers.config.families import LORA_TARGETS, MODEL_TYPES
+from helpers.config.jsonfile import load_json
 from helpers.config.optimizers import ADAM_SETTINGS, OPTIMIZERS
 from helpers.config.options import ROWS, Config
 from helpers.config.problems import did_you_mean, found, one_of
@@ -54,6 +54,8 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _timestep_bias(config)
     yield from _eval_images(config)
     yield from _tracker(config)
+    if config.run.strict and config.run.check == "none":
+        yield Problem(("strict", "check"), "found true without a check, whose exit code it sets: type --check beside it")
     if config.validation.validation_guidance_rescale and not config.family.guidance_rescale:
         yield Problem(
             ("validation_guidance_rescale", "model_type"),
@@ -77,9 +79,9 @@ def smallest_edge(config: Config) -> int:
     if not config.family.upscales:
         return config.family.alignment
     try:
-        unet = Path(config.model.pretrained_model_name_or_path) / "unet" / "config.json"
-        return int(json.loads(unet.read_text("utf-8"))["sample_size"])
-    except (OSError, ValueError, KeyError, TypeError):  # the weights' own checks say what is wrong with a folder
+        unet = load_json(Path(config.model.pretrained_model_name_or_path) / "unet" / "config.json")
+        return int(unet["sample_size"])
+    except (OSError, ValueError, LookupError, TypeError):  # the weights' own checks say what is wrong with a folder
         return config.family.resolution
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -210,7 +211,7 @@ def _check_name(model_name: str, model_flavour: str | None, family: Family, kind
             "model_flavour",
             f"found {model_flavour!r} beside the model {model_name!r}, which is {own!r}: remove one of the two",
         )
-    if own is None and model_name.startswith("DeepFloyd/") and not from_root(model_name).is_dir():
+    if own is None and model_name.startswith("DeepFloyd/") and not os.path.isdir(from_root(model_name)):
         other = _other_type(_known_flavour(model_name), kind)
         raise Contradiction(
             "pretrained_model_name_or_path",
@@ -221,7 +222,7 @@ def _check_name(model_name: str, model_flavour: str | None, family: Family, kind
 
 def _local_or_hub(model_name: str) -> str:
     """A folder's absolute path, so that it is found wherever the trainer is started; anything else as it stands."""
-    looks_local = model_name.startswith(("/", "./", "../", "~")) or from_root(model_name).is_dir()
+    looks_local = model_name.startswith(("/", "./", "../", "~")) or os.path.isdir(from_root(model_name))
     return str(from_root(model_name)) if looks_local else model_name
 
 

@@ -22,7 +22,15 @@ from helpers.config.later import LATER
 from helpers.config.optimizers import OPTIMIZERS
 from helpers.config.options import GROUPS, ROWS, SWITCH_WORDS, Config, ModelOptions, Row, parse_switch
 from helpers.config.paths import from_root
-from helpers.config.problems import ConfigError, did_you_mean, found, invalid_values, needs
+from helpers.config.problems import (
+    MOST_PROBLEMS,
+    ConfigError,
+    did_you_mean,
+    found,
+    invalid_values,
+    key_name,
+    needs,
+)
 from helpers.sizes import Size
 
 ENV_FILE_MARK = "FLOYDTUNER_ENV_FILE"
@@ -94,8 +102,7 @@ def _read(argv: Sequence[str], environ: Mapping[str, str]) -> _Read:
         print(help_text())
         raise SystemExit(0)
     flags, problems = read_flags(argv)
-    config_file = from_root(flags.pop("config")) if flags.get("config") else None
-    keys = _read_config_file(config_file, problems)
+    config_file, keys = _config_file(flags.pop("config", ""), problems)
     # Of options that an unreadable file may have set, nothing is known.
     refused = set(ROWS) - set(flags) if keys is None else set()
     keys = keys or {}
@@ -142,11 +149,12 @@ def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _value_after(name: str, rest: list[str]) -> str | None:
-    """Take the value of `--name value` from `rest`; a switch alone is true."""
+    """Take the value of `--name value` from `rest`; a switch alone is true, others may have a value for that too."""
     follows = bool(rest) and not rest[0].startswith("--")
     if (name in ROWS and ROWS[name].is_switch) or name in LATER:
         return rest.pop(0) if follows and rest[0].strip().lower() in SWITCH_WORDS else "true"
-    return rest.pop(0) if follows else None
+    bare = ROWS[name].bare if name in ROWS else ""
+    return rest.pop(0) if follows else bare or None
 
 
 def _unknown(shown: str, name: str) -> str:
@@ -159,10 +167,20 @@ def _unknown(shown: str, name: str) -> str:
     return f"{shown}: not an option{hint or '; OPTIONS.md lists them'}"
 
 
-def _read_config_file(path: Path | None, problems: list[str]) -> dict[str, Any] | None:
+def _config_file(typed: str, problems: list[str]) -> tuple[Path | None, dict[str, Any] | None]:
+    """The path of config.json, if there is one, and its values, None if they cannot be read."""
+    if not typed:
+        return None, {}
+    try:
+        path = from_root(typed)
+    except ValueError as error:
+        problems.append(f"{ROWS['config'].label}: found {found(typed)}, {error}")
+        return None, None
+    return path, _read_config_file(path, problems)
+
+
+def _read_config_file(path: Path, problems: list[str]) -> dict[str, Any] | None:
     """The values of config.json, None if it cannot be read; a null counts as not set, `$schema` is for editors."""
-    if path is None:
-        return {}
     try:
         content = read_json(path, ROWS["config"].label)
     except ConfigError as error:
@@ -173,8 +191,9 @@ def _read_config_file(path: Path | None, problems: list[str]) -> dict[str, Any] 
         return None
     content.pop("$schema", None)
     unknown = [name for name in content if name not in LATER and (name not in ROWS or name == "config")]
-    problems += [_unknown(f'{path.name}, key "{name}"', name.lstrip("-")) for name in unknown]
-    return {name: value for name, value in content.items() if name not in unknown and value is not None}
+    problems += [_unknown(f"{path.name}, key {key_name(name)}", name.lstrip("-")) for name in unknown[:MOST_PROBLEMS]]
+    left = set(unknown)
+    return {name: value for name, value in content.items() if name not in left and value is not None}
 
 
 def _later_problems(values: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from helpers.config.families import FLAVOURS, MODEL_TYPES, Family
 from helpers.config.paths import from_root
+from helpers.files import CONTROLS
 from helpers.sizes import Size, parse_sizes
 
 SWITCH_WORDS: Mapping[str, bool] = MappingProxyType({
@@ -37,6 +38,38 @@ def parse_switch(value: object) -> bool:
 def _not_a_switch(value: object) -> object:
     if isinstance(value, bool):  # JSON's true would pass for the number 1
         raise ValueError("true and false are not numbers")
+    return value
+
+
+def _within_reach(value: float) -> float:
+    if abs(value) > LARGEST:
+        raise ValueError(f"needs a number up to {LARGEST}")
+    return value
+
+
+def _plain_text(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError("needs text in UTF-8") from None
+    if "\0" in value:
+        raise ValueError("needs text without NUL")
+    if len(value) > LONGEST_TEXT:
+        raise ValueError(f"needs text of at most {LONGEST_TEXT:,} letters")
+    return value
+
+
+def folder_name(value: str) -> str:
+    """A text that can name a folder of ours and stand in a line of the log. Raises ValueError, in words."""
+    if value in (".", "..") or "/" in value or "\\" in value or CONTROLS.search(value):
+        raise ValueError("needs a name for a folder: letters, no slashes, no line breaks")
+    if len(value.encode()) > LONGEST_FOLDER:
+        raise ValueError(f"needs a name for a folder of at most {LONGEST_FOLDER} bytes")
+    return value
+
+
+def _possible_path(value: str) -> str:
+    from_root(value)  # any name of a model may be a folder
     return value
 
 
@@ -70,9 +103,21 @@ def _resume_name(value: str) -> str:
     return value
 
 
+LARGEST = 2**63 - 1
+"""The largest number that any option takes: PyTorch's seeds and Python's own counts end there."""
+
+LONGEST_TEXT = 20_000
+"""Letters of a prompt; models read the first 77 tokens of it."""
+
+LONGEST_FOLDER = 120
+"""Bytes of a name that a folder has: file systems allow 255, and some of ours go into a longer name."""
+
 Switch = Annotated[bool, BeforeValidator(parse_switch)]
-Whole = Annotated[int, BeforeValidator(_not_a_switch)]
-Real = Annotated[float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False)]
+Text = Annotated[str, AfterValidator(_plain_text)]
+FolderName = Annotated[Text, AfterValidator(folder_name)]
+ModelName = Annotated[Text, AfterValidator(_possible_path)]
+Whole = Annotated[int, BeforeValidator(_not_a_switch), AfterValidator(_within_reach)]
+Real = Annotated[float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False), AfterValidator(_within_reach)]
 Extent = Annotated[Real, AfterValidator(_whole_if_integral)]
 """Pixels of an edge, or megapixels: whole numbers stay whole."""
 FromRoot = Annotated[Path, AfterValidator(from_root)]
@@ -86,7 +131,7 @@ Ranks = Annotated[
     str, BeforeValidator(_to_ranks),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "additionalProperties": {"type": "integer"}}]}),
 ]
-Resume = Annotated[str, AfterValidator(_resume_name)]
+Resume = Annotated[Text, AfterValidator(_resume_name)]
 ResolutionType = Literal["pixel", "area"]
 DownsampleMethod = Literal["stepwise", "single"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
@@ -102,6 +147,7 @@ def option(
     by_family: bool = False,
     default_words: str = "",
     refused: Mapping[str, str] | None = None,
+    bare: str = "",
     **limits: float,
 ) -> Any:
     """State one option.
@@ -112,6 +158,7 @@ def option(
         by_family: the default is the attribute of the same name of the family's row.
         default_words: the default in words, where it follows from other options (`load.py` fills it in).
         refused: values that users are known to try, with what to do instead.
+        bare: the value that its flag alone stands for.
         limits: pydantic's ge, gt, le, lt.
     """
     facts = {
@@ -121,6 +168,7 @@ def option(
         "by_family": by_family,
         "default_words": default_words,
         "refused": dict(refused or {}),
+        "bare": bare,
     }
     return Field(
         default, description=help, validate_default=default is not None, json_schema_extra={"option": facts}, **limits
@@ -134,18 +182,18 @@ class Group(BaseModel):
 
 
 class ModelOptions(Group):
-    model_type: str | None = option(
+    model_type: Text | None = option(
         help=f"What to train: {', '.join(MODEL_TYPES)}; or lora or full, beside model_family.",
         default_words="lora, where model_family is set")
-    model_family: str | None = option(
+    model_family: Text | None = option(
         help="The family of models (deepfloyd), the other way to say the model type.", default_words="by model_type")
-    model_flavour: str | None = option(
+    model_flavour: Text | None = option(
         help=f"Which of the family's models: {', '.join(FLAVOURS)}.", default_words="i-medium-400m or ii-medium-450m")
-    pretrained_model_name_or_path: str | None = option(
+    pretrained_model_name_or_path: ModelName | None = option(
         export="MODEL_NAME", help="The weights: a hub id, or a local folder in the diffusers layout.",
         default_words="the flavour's hub id")
-    revision: str | None = option(export="MODEL_REVISION", help="Branch, tag or commit of the hub's repository.")
-    variant: str | None = option(export="MODEL_VARIANT", help="Variant of the weight files, such as fp16.")
+    revision: Text | None = option(export="MODEL_REVISION", help="Branch, tag or commit of the hub's repository.")
+    variant: FolderName | None = option(export="MODEL_VARIANT", help="Variant of the weight files, such as fp16.")
 
 
 class DataOptions(Group):
@@ -170,7 +218,7 @@ class DataOptions(Group):
     caption_strategy: CaptionStrategy = option(
         "filename", help="Where captions come from, for datasets that do not say it themselves.",
         refused={"parquet": "captions from parquet files are not read: write them to .txt files and type textfile"})
-    instance_prompt: str | None = option(help="The prompt of caption_strategy instanceprompt, and the one prepended.")
+    instance_prompt: Text | None = option(help="The prompt of caption_strategy instanceprompt, and the one prepended.")
     caption_dropout_probability: Real = option(
         0.1, ge=0, le=1, help="Share of captions replaced by the empty prompt, which guidance needs.")
     text_encoder_batch_size: Whole = option(8, ge=1, unit="captions", help="Captions that are encoded at a time.")
@@ -187,6 +235,9 @@ class TrainingOptions(Group):
         export="NUM_EPOCHS", ge=0, unit="epochs", default_words="25, or 0 where max_train_steps is set",
         help="Stop after so many epochs; 0: by steps only. With both, whichever comes first.")
     max_grad_norm: Real = option(1.0, ge=0, help="Gradients are clipped to this norm; 0: never.")
+    max_nonfinite_steps: Whole = option(
+        5, ge=0, unit="steps",
+        help="Steps in a row that are skipped where loss or gradient is NaN or infinite; one more ends the run.")
     gradient_checkpointing: Switch = option(
         False, export="USE_GRADIENT_CHECKPOINTING", help="Compute activations twice: a third slower, a fifth of their memory.")
     mixed_precision: Literal["no", "bf16"] = option(
@@ -273,10 +324,10 @@ class OptimizerOptions(Group):
 
 
 class ValidationOptions(Group):
-    validation_prompt: str | None = option(help="What to draw at each validation; unset: see the prompt library.")
+    validation_prompt: Text | None = option(help="What to draw at each validation; unset: see the prompt library.")
     validation_prompt_library: FromRoot | None = option(
         export="USER_PROMPT_LIBRARY", help="A JSON file {name: prompt} of further prompts to draw.")
-    validation_negative_prompt: str = option("", help="What to avoid in validation images.")
+    validation_negative_prompt: Text = option("", help="What to avoid in validation images.")
     validation_resolution: Sizes = option(
         by_family=True, unit="px", help="Sizes of validation images: 64, 96x64, or several: 64,96,64x96,96x64.")
     validation_steps: Whole = option(
@@ -301,9 +352,15 @@ class RunOptions(Group):
         "latest", export="RESUME_CHECKPOINT",
         help="latest (from the start where there is none), none, or a name like checkpoint-500.")
     report_to: Literal["tensorboard", "wandb", "none"] = option("tensorboard", help="Where the curves go.")
-    tracker_project_name: str = option("floydtuner", help="The tracker's project.")
-    tracker_run_name: str | None = option(default_words="output_dir's name", help="The tracker's name for this run.")
-    dry_run: Switch = option(False, help="Print the options, the plan of the data and the memory needed, then stop.")
+    tracker_project_name: FolderName = option("floydtuner", help="The tracker's project.")
+    tracker_run_name: FolderName | None = option(
+        default_words="output_dir's name", help="The tracker's name for this run.")
+    dry_run: Switch = option(False, help="Print the options, the plan of the data, the memory and the disk space needed, then stop.")
+    check: Literal["none", "table", "json"] = option(
+        "none", export="CHECK_DATA", bare="table",
+        help="Look at every image and caption, print what is wrong with them, then stop; `--check` alone: as a table.")
+    strict: Switch = option(
+        False, export="CHECK_STRICT", help="With check: exit with code 6 where anything was found.")
 
 
 class DoorOptions(Group):
@@ -370,6 +427,7 @@ class Row:
     by_family: bool
     default_words: str
     refused: Mapping[str, str]
+    bare: str
 
     @property
     def all_exports(self) -> tuple[str, ...]:
@@ -397,7 +455,7 @@ def _row(group: str, name: str, field: FieldInfo) -> Row:
     exports = tuple(facts["exports"]) or (name.upper(),)
     return Row(
         group, name, exports, MappingProxyType(facts["switches"]), field, facts["unit"], facts["by_family"],
-        facts["default_words"], MappingProxyType(facts["refused"]),
+        facts["default_words"], MappingProxyType(facts["refused"]), facts["bare"],
     )
 
 

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 """The project's root: the folder that train.sh and train_sd2x.py lie in."""
 
 
+LONGEST_NAME = 255  # bytes of a file's or a folder's name, on every file system in use
+LONGEST_PATH = 4000  # bytes; Linux takes 4,095, and names of ours come behind
+
+
 def from_root(path: str | Path) -> Path:
-    """`path` as an absolute path: `~` is expanded, a relative path counts from the project's root."""
-    return ROOT / Path(path).expanduser()
+    """`path` as an absolute path: `~` is expanded, a relative path counts from the project's root.
+
+    Raises:
+        ValueError: in words, if no file system could have it.
+    """
+    path = Path(path)
+    try:
+        path = path.expanduser()
+    except RuntimeError:  # the home of nobody: it stays as it is, as in a shell
+        pass
+    raw = os.fsencode(path)  # raises UnicodeEncodeError, a ValueError, where a text is no text
+    if b"\0" in raw or len(raw) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in raw.split(b"/")):
+        raise ValueError(
+            f"needs a path without NUL, of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}"
+        )
+    return ROOT / path

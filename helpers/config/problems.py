@@ -12,25 +12,51 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from helpers.files import on_one_line
 from helpers.sizes import Size
 
 
+LONGEST_SHOWN = 400
+"""How many letters of a value messages show."""
+
+LONGEST_PROBLEM = 2000
+
+MOST_PROBLEMS = 30
+"""How many problems are shown: a file of a thousand wrong keys is the wrong file."""
+
+
 class ConfigError(ValueError):
-    """The user's input has problems; `problems` holds one sentence for each, `str()` all of them."""
+    """The user's input has problems; `problems` holds one sentence for each, `str()` as many as are of use."""
 
     def __init__(self, problems: Sequence[str]):
         self.problems = tuple(problems)
         count = "There is a problem" if len(self.problems) == 1 else f"There are {len(self.problems)} problems"
-        super().__init__("\n".join([f"{count} with the options:", *(f"  - {problem}" for problem in self.problems)]))
+        lines = [f"  - {_shortened(problem, LONGEST_PROBLEM)}" for problem in self.problems[:MOST_PROBLEMS]]
+        more = len(self.problems) - len(lines)
+        super().__init__("\n".join([f"{count} with the options:", *lines, *([f"  and {more:,} more"] if more else [])]))
 
 
 def found(value: object) -> str:
-    """`value` as its user wrote it: text in quotes, anything else as JSON."""
-    return repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """`value` as its user wrote it: text in quotes, anything else as JSON; the middle of what is very long left out."""
+    shown = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return _shortened(shown, LONGEST_SHOWN)
+
+
+def _shortened(text: str, longest: int) -> str:
+    """`text` on one line of about so many letters: its beginning and its end."""
+    half = longest // 2
+    return on_one_line(text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}")
+
+
+def key_name(key: str) -> str:
+    """The key of a JSON file as messages show it: in double quotes, on one line."""
+    return found([key])[1:-1]
 
 
 def did_you_mean(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """A question to end a message with, empty where nothing is close."""
+    if len(name) > LONGEST_SHOWN:
+        return ""
     candidates = {candidate.lower(): candidate for candidate in names}
     close = get_close_matches(name.lower(), list(candidates), n=1, cutoff=cutoff)
     return f"; did you mean {candidates[close[0]]}?" if close else ""
@@ -90,7 +116,7 @@ def invalid_values(error: ValidationError, fields: Mapping[str, FieldInfo]) -> d
         name = str(item["loc"][0])
         needed = needs(fields[name])
         own = str(item["ctx"]["error"]) if item["type"] == "value_error" else ""
-        if needed in ("text", "true or false", "a list") or needed.startswith("sizes"):
+        if own.startswith("needs ") or needed in ("text", "true or false", "a list") or needed.startswith("sizes"):
             needed = own.removeprefix("needs ") or needed
         choices = needed.removeprefix("one of ").split(", ") if needed.startswith("one of ") else []
         words[name] = f"found {found(item['input'])}, needs {needed}" + did_you_mean(str(item["input"]), choices)

@@ -19,6 +19,9 @@ from helpers.sizes import Size
 NAMED = 10
 """How many of the files that are left out the console names."""
 
+EXAMPLES = 3
+"""How many files an error names where no image is left."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -114,9 +117,12 @@ class Dataset:
         if self.records:
             return
         found = f"none of its {len(self.left_out)} files can be used" if self.left_out else "there are no images in it"
-        example = f", for example {_in_words(self.left_out[0])}" if self.left_out else ""
+        first = {entry.reason: entry for entry in reversed(self.left_out)}
+        shown = sorted(self.left_out, key=lambda entry: first[entry.reason] is not entry)[:EXAMPLES]  # other reasons first
+        examples = "; ".join(map(_in_words, shown))
         raise DatasetError(
-            f"dataset {self.id!r}: instance_data_dir is {printable(self.folder)}, but {found}{example}; name a folder "
+            f"dataset {self.id!r}: instance_data_dir is {printable(self.folder)}, but {found}"
+            f"{f', for example {examples}' if examples else ''}; name a folder "
             'with images that fit, or switch this dataset off with "disabled": true'
         )
 

@@ -19,7 +19,7 @@ from helpers.captions.cleaning import erased_words
 from helpers.config.backends import Backends, ImageBackend
 from helpers.data.collate import Source
 from helpers.data.dataset import Dataset, plan_dataset
-from helpers.data.scan import Captions, scan
+from helpers.data.scan import Captions, Scan, scan
 from helpers.models.text import T5
 
 NULL_CAPTION = ""
@@ -54,6 +54,12 @@ def scan_and_plan(
     Raises:
         DatasetError: the folder is missing, or nothing in it can be used.
     """
+    found = scan_backend(backend)
+    return plan_dataset(backend, found, alignment, enlarge, smallest), found.notes
+
+
+def scan_backend(backend: ImageBackend, may_be_empty: bool = False) -> Scan:
+    """The images of one entry of the dataloader JSON; see `scan`."""
     folder = hashlib.blake2b(os.fsencode(backend.instance_data_dir), digest_size=8).hexdigest()
     captions = Captions(
         backend.caption_strategy,
@@ -68,8 +74,9 @@ def scan_and_plan(
             bar.total = total
             bar.update(done - bar.n)
 
-        found = scan(backend.id, backend.instance_data_dir, index, captions, on_progress=show)
-    return plan_dataset(backend, found, alignment, enlarge, smallest), found.notes
+        return scan(
+            backend.id, backend.instance_data_dir, index, captions, on_progress=show, may_be_empty=may_be_empty
+        )
 
 
 def prepare_captions(text: T5, captions: Iterable[str]) -> dict[str, str]:
@@ -117,12 +124,15 @@ def _listed(words: Sequence[str]) -> str:
 def cache_pixels(dataset: Dataset, backend: ImageBackend) -> tuple[Dataset, PixelCache]:
     """Decode and shrink what is not cached yet; images that cannot be decoded leave the dataset, with the reason."""
     pixels = PixelCache(backend.cache_dir)
-    return dataset.without(pixels.build(dataset.pixel_jobs(backend.downsample_method))), pixels
+    jobs = dataset.pixel_jobs(backend.downsample_method)
+    return dataset.without(pixels.build(jobs, name=f"dataset {dataset.id!r}")), pixels
 
 
-def open_text_caches(text: T5, model: Path, backends: Backends, prepared: Mapping[str, str]) -> TextCaches:
-    """Open the embed caches that belong to this model's text encoder."""
-    fingerprint = text.fingerprint(model)
+def open_text_caches(
+    text: T5, model: Path, backends: Backends, prepared: Mapping[str, str], variant: str | None = None
+) -> TextCaches:
+    """Open the embed caches that belong to this model's text encoder, in the variant that is loaded."""
+    fingerprint = text.fingerprint(model, variant)
     by_id = {entry.id: EmbedCache(entry.cache_dir, fingerprint) for entry in backends.text_embeds}
     default = next((entry for entry in backends.text_embeds if entry.default), backends.text_embeds[0])
     return TextCaches(by_id, default.id, prepared)
@@ -144,6 +154,8 @@ def cache_texts(
     """
     texts = {cache_id: [caches.prepared[caption] for caption in captions] for cache_id, captions in wanted.items()}
     if not any(caches.by_id[cache_id].missing(some) for cache_id, some in texts.items()):
+        for cache_id, some in texts.items():
+            print(f"Text embeds: {caches.by_id[cache_id].plan(some)}")
         return
     encoder = text.load(model, device, variant)
     for cache_id, some in texts.items():

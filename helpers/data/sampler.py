@@ -7,11 +7,12 @@ not depend on the order of the images, on the number of workers, or on which oth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import accumulate, count
 from struct import Struct
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,13 @@ class Position(NamedTuple):
 
     epoch: int = 0
     batch: int = 0
+
+
+class Dealt(NamedTuple):
+    """The part of an epoch that was trained in batches of another size: the first `batches` of those."""
+
+    batch_size: int
+    batches: int
 
 
 class Use(NamedTuple):
@@ -59,12 +67,21 @@ class Sampler:
     makes a smaller batch. The order is new in each epoch. `probability` weighs which dataset the next batch comes
     from, among those that still have batches in this epoch.
 
+    Args:
+        dealt: by epoch, what of it was trained before in batches of other sizes, one after another. The epoch then has
+            its other images only, in batches of this size, and position 0 is the first of these.
+
     Raises:
         DatasetError: there are no datasets, or one is empty; the message names it.
     """
 
     def __init__(
-        self, datasets: Sequence[Dataset], batch_size: int, seed: int, caption_dropout_probability: float
+        self,
+        datasets: Sequence[Dataset],
+        batch_size: int,
+        seed: int,
+        caption_dropout_probability: float,
+        dealt: Mapping[int, Sequence[Dealt]] = MappingProxyType({}),
     ) -> None:
         if not datasets:
             raise DatasetError("there is no image dataset: the dataloader JSON needs at least one that is not disabled")
@@ -73,7 +90,8 @@ class Sampler:
         self._batch_size = batch_size
         self._caption_dropout_probability = caption_dropout_probability
         self._seed = seed
-        self._decks = [_Deck(dataset, batch_size, seed) for dataset in datasets]
+        self._dealt = dealt
+        self._decks = [_Deck(dataset, seed) for dataset in datasets]
         self._epoch: tuple[int, _Epoch] | None = None  # the plan of the epoch asked for last
 
     def batches(self, start: Position = Position()) -> Iterator[tuple[Position, BatchPlan]]:
@@ -115,7 +133,16 @@ class Sampler:
         return known[1]
 
     def _plan(self, epoch: int) -> _Epoch:
-        hands = [deck.deal(epoch) for deck in self._decks]
+        done = [deck.none_done() for deck in self._decks]
+        for batch_size, batches in self._dealt.get(epoch, ()):
+            planned = self._plan_of_rest(epoch, batch_size, done)
+            for number, within in zip(planned.deck[:batches], planned.within[:batches]):
+                hand = planned.hands[number]
+                done[number][hand.cards[hand.starts[within] : hand.stops[within]]] = True
+        return self._plan_of_rest(epoch, self._batch_size, done)
+
+    def _plan_of_rest(self, epoch: int, batch_size: int, done: Sequence[np.ndarray]) -> _Epoch:
+        hands = [deck.deal(epoch, batch_size, cards) for deck, cards in zip(self._decks, done)]
         lengths = [len(hand.starts) for hand in hands]
         deck = np.repeat(np.arange(len(hands)), lengths)
         within = np.concatenate([np.arange(length) for length in lengths])
@@ -167,9 +194,8 @@ class _Epoch:
 class _Deck:
     """One dataset, ready to be dealt out epoch by epoch."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int) -> None:
+    def __init__(self, dataset: Dataset, seed: int) -> None:
         self.dataset = dataset
-        self._batch_size = batch_size
         self._seed = seed
         self._times = dataset.repeats + 1
         self._style = dataset.rules.box_style
@@ -178,11 +204,16 @@ class _Deck:
         self._has_choices = any(len(plans) > 1 for plans in dataset.plans)
         self._first_buckets = np.array([self._buckets[plans[0].target] for plans in dataset.plans], np.int32)
 
-    def deal(self, epoch: int) -> _Hand:
+    def none_done(self) -> np.ndarray:
+        """For each card whether it is done in an epoch that begins."""
+        return np.zeros(len(self.dataset.records) * self._times, bool)
+
+    def deal(self, epoch: int, batch_size: int, done: np.ndarray) -> _Hand:
+        """The epoch's cards that are not done."""
         choices = self._choices(epoch) if self._has_choices else None
         buckets = np.repeat(self._first_buckets, self._times) if choices is None else self._drawn_buckets(choices)
         shuffled = _shuffled(len(buckets), self._seed, self.dataset.id, epoch, "cards")
-        cards, starts, stops = bucketing.batches(shuffled, buckets, self._batch_size)
+        cards, starts, stops = bucketing.batches(shuffled[~done[shuffled]], buckets, batch_size)
         order = _shuffled(len(starts), self._seed, self.dataset.id, epoch, "batches")
         return _Hand(cards, starts[order], stops[order], choices)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import stat
@@ -15,7 +14,7 @@ from pathlib import Path
 import PIL
 
 from helpers.captions.strategies import MissingCaption, captions_for
-from helpers.files import printable, write_whole
+from helpers.files import content_hash, printable, write_whole
 from helpers.images.loading import NotAnImage, Unreadable, inspect
 from helpers.sizes import Size
 
@@ -41,7 +40,7 @@ IGNORED_FOLDERS = frozenset(
     {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
 
-INDEX_HEADER = {"index": 1, "pillow": PIL.__version__}
+INDEX_HEADER = {"index": 2, "pillow": PIL.__version__}
 """First line of an index. Another version of Pillow may read other files, so its index is made anew."""
 
 SLICE = 256
@@ -49,6 +48,10 @@ SLICE = 256
 
 NAMED = 3
 """How many files an error names as examples."""
+
+
+NO_CAPTION = "no caption: "
+"""How the reason begins of an image that is left out for its caption."""
 
 
 class DatasetError(Exception):
@@ -119,6 +122,7 @@ class Found:
     name: bytes
     bytes: int
     mtime_ns: int
+    ctime_ns: int  # moves with every change of the content, also where a program sets the time of change back
 
     @property
     def key(self) -> str:
@@ -132,11 +136,20 @@ class Entry:
 
     bytes: int
     mtime_ns: int
+    ctime_ns: int
     content: str = ""
     width: int = 0
     height: int = 0
     has_more_frames: bool = False
     reason: str | None = None
+
+    @classmethod
+    def from_json(cls, values: object) -> Entry | None:
+        """The entry of a line of the index; None if it is not one."""
+        kinds = (int, int, int, str, int, int, bool, (str, type(None)))
+        if not isinstance(values, list) or len(values) != len(kinds):
+            return None
+        return cls(*values) if all(isinstance(value, kind) for value, kind in zip(values, kinds)) else None
 
 
 def scan(
@@ -146,16 +159,18 @@ def scan(
     captions: Captions,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    may_be_empty: bool = False,
 ) -> Scan:
     """Find all images under a folder and their captions.
 
-    Follows links, each folder once; skips hidden files and those of file managers. Files whose size and time are as
+    Follows links, each folder once; skips hidden files and those of file managers. Files whose size and times are as
     the index remembers are not opened again.
 
     Args:
         index_path: a JSON-lines file outside of the folder, made if absent and renewed.
         workers: threads that open files; None for one per core.
         on_progress: told now and then how many of how many files were opened; never called if none has to be.
+        may_be_empty: return also what holds no image that can be used.
 
     Raises:
         DatasetError: if the folder is missing, or no image in it can be used.
@@ -170,7 +185,7 @@ def scan(
     images = [file for file in candidates if entries[file.key].reason != ""]
     records, left_out = _sorted_out(dataset_id, images, entries, captions)
     result = Scan(tuple(records), tuple(unreachable + left_out), _notes(images, entries))
-    if not records:
+    if not records and not may_be_empty:
         raise DatasetError(_nothing_usable(dataset_id, folder, result, captions, files))
     return result
 
@@ -227,7 +242,8 @@ def _file(entry: os.DirEntry, folder: Path, unreachable: list[LeftOut]) -> Itera
             unreachable.append(LeftOut(path, f"cannot be read: {error.strerror}"))
         return
     if stat.S_ISREG(found.st_mode):
-        yield Found(path, os.fsencode(path.relative_to(folder)), found.st_size, found.st_mtime_ns)
+        name = os.fsencode(path.relative_to(folder))
+        yield Found(path, name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
     elif meant_as_image:
         unreachable.append(LeftOut(path, "is not a regular file"))
 
@@ -241,17 +257,18 @@ def _entries(
     unknown = [file for file in files if file.key not in entries]
     if unknown:
         index_path.parent.mkdir(parents=True, exist_ok=True)
-        with index_path.open("a" if known else "w", encoding="ascii") as index:
-            # The empty line ends one that an interruption may have cut.
-            index.write("\n" if known else json.dumps(INDEX_HEADER) + "\n")
-            with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-                for start in range(0, len(unknown), SLICE):
-                    some = unknown[start : start + SLICE]
-                    for file, entry in zip(some, pool.map(_open, some)):
-                        entries[file.key] = entry
-                        index.write(_index_line(file.key, entry))
-                    index.flush()
-                    on_progress(start + len(some), len(unknown))
+        if not known:
+            write_whole(index_path, (json.dumps(INDEX_HEADER) + "\n").encode("ascii"))
+        # Unbuffered at the end of the file, whole lines at a time: those of two runs that scan at once do not mix.
+        with index_path.open("ab", buffering=0) as index, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            if known:
+                index.write(b"\n")  # ends a line that an interruption may have cut
+            for start in range(0, len(unknown), SLICE):
+                some = unknown[start : start + SLICE]
+                opened = {file.key: entry for file, entry in zip(some, pool.map(_open, some))}
+                entries |= opened
+                index.write("".join(_index_line(*item) for item in opened.items()).encode("ascii"))
+                on_progress(start + len(some), len(unknown))
     if len(known.keys() | entries.keys()) > len(entries) or (known and unknown):
         lines = "".join(_index_line(key, entry) for key, entry in entries.items())
         write_whole(index_path, (json.dumps(INDEX_HEADER) + "\n" + lines).encode("ascii"))
@@ -259,28 +276,24 @@ def _entries(
 
 
 def _is_current(entry: Entry | None, file: Found) -> bool:
-    return entry is not None and (entry.bytes, entry.mtime_ns) == (file.bytes, file.mtime_ns)
+    return entry is not None and (entry.bytes, entry.mtime_ns, entry.ctime_ns) == _state(file)
+
+
+def _state(file: Found) -> tuple[int, int, int]:
+    return file.bytes, file.mtime_ns, file.ctime_ns
 
 
 def _open(file: Found) -> Entry:
     try:
         header = inspect(file.path)
-        return Entry(file.bytes, file.mtime_ns, _content(file.path), *header.size, header.has_more_frames)
+        return Entry(*_state(file), content_hash(file.path), *header.size, header.has_more_frames)
     except NotAnImage as error:
         reason = error.reason if file.path.suffix.lower() in IMAGE_SUFFIXES else ""
     except Unreadable as error:
         reason = error.reason
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
-    return Entry(file.bytes, file.mtime_ns, reason=reason)
-
-
-def _content(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return Entry(*_state(file), reason=reason)
 
 
 def _read_index(path: Path) -> dict[str, Entry]:
@@ -290,13 +303,14 @@ def _read_index(path: Path) -> dict[str, Entry]:
     lines = [_parsed(line) for line in path.read_text(encoding="ascii", errors="replace").splitlines()]
     if not lines or lines[0] != INDEX_HEADER:
         return {}
-    return {line["path"]: Entry(*line["entry"]) for line in lines[1:] if line}
+    read = ((line.get("path"), Entry.from_json(line.get("entry"))) for line in lines[1:] if line)
+    return {path: entry for path, entry in read if isinstance(path, str) and entry}
 
 
 def _parsed(line: str) -> dict | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # Cut by an interruption: its file is opened again.
     return value if isinstance(value, dict) else None
 
@@ -317,7 +331,7 @@ def _sorted_out(
         try:
             texts = captions.of(file.path)
         except MissingCaption as error:
-            left_out.append(LeftOut(file.path, f"no caption: {error.reason}"))
+            left_out.append(LeftOut(file.path, NO_CAPTION + error.reason))
             continue
         records.append(Record(dataset_id, file.path, entry.content, Size(entry.width, entry.height), texts))
     return records, left_out
@@ -332,9 +346,9 @@ def _notes(images: Sequence[Found], entries: Mapping[str, Entry]) -> tuple[str, 
 
 def _nothing_usable(dataset_id: str, folder: Path, result: Scan, captions: Captions, files: Sequence[Found]) -> str:
     start = f"dataset {dataset_id!r}: "
-    uncaptioned = [item for item in result.left_out if item.reason.startswith("no caption")]
+    uncaptioned = [item for item in result.left_out if item.reason.startswith(NO_CAPTION)]
     if uncaptioned:
-        reasons = "; ".join(item.reason.removeprefix("no caption: ") for item in uncaptioned[:NAMED])
+        reasons = "; ".join(item.reason.removeprefix(NO_CAPTION) for item in uncaptioned[:NAMED])
         return (
             f"{start}none of its {result.found} images has a caption by caption_strategy "
             f"{captions.caption_strategy!r}: {reasons}{', ...' if len(uncaptioned) > NAMED else ''}"

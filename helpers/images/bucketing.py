@@ -24,12 +24,14 @@ def numbered(targets: Iterable[Size]) -> dict[Size, int]:
 
 
 def batches(order: np.ndarray, buckets: np.ndarray, batch_size: int) -> Batches:
-    """Cut an order of at least one image into batches of one bucket; what remains of a bucket makes a smaller batch.
+    """Cut an order of images into batches of one bucket; what remains of a bucket makes a smaller batch.
 
     Args:
         order: the images' indices, as they are to come within each bucket.
         buckets: the number of each image's bucket, by its index.
     """
+    if not len(order):
+        return Batches(order, order, order)
     members = order[np.argsort(buckets[order], kind="stable")]
     edges = np.flatnonzero(np.diff(buckets[members], prepend=-1, append=-1))  # where a bucket begins, and the end
     starts = np.concatenate([np.arange(a, b, batch_size) for a, b in zip(edges, edges[1:])])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import stat
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,8 +51,13 @@ BAD_FILE = (
     ValueError,
     SyntaxError,
     RuntimeError,
-    IndexError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    EOFError,
     struct.error,
+    zlib.error,
     Image.DecompressionBombError,
     MemoryError,
 )
@@ -75,6 +81,7 @@ TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 ORIENTATION = 0x0112
+LARGEST_EXIF = 1_000_000  # bytes; JPEG's own limit is 65,533
 PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
 
 
@@ -133,6 +140,19 @@ def load(path: Path, size: Size, method: str = "stepwise") -> np.ndarray:
     shrunk = _to_srgb(shrunk, profile)
     # Turning comes last: it is cheaper on the small picture.
     return np.array(shrunk.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else shrunk)
+
+
+def transparent_share(path: Path) -> float:
+    """The share of an image's pixels that are not opaque, 0 to 1; only images that may have such are decoded.
+
+    Raises:
+        Unreadable: as `load`.
+    """
+    with _opened(path) as image:
+        if not image.has_transparency_data or image.mode.startswith("I"):
+            return 0.0
+        histogram = image.convert("RGBA").getchannel("A").histogram()
+        return 1 - histogram[255] / sum(histogram)
 
 
 @contextmanager
@@ -208,7 +228,7 @@ def _late_exif(stream: BinaryIO) -> bytes | None:
     data = None
     while len(head := stream.read(8)) == 8 and data is None:
         length, kind = struct.unpack(">I4s", head)
-        if kind == b"eXIf":
+        if kind == b"eXIf" and length <= LARGEST_EXIF:
             data = stream.read(length)
         stream.seek(length + 4, io.SEEK_CUR)
     stream.seek(position)

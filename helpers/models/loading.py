@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,20 +16,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError, safe_open
 
 from helpers.config.families import MODEL_TYPES, Family
+from helpers.config.jsonfile import MAX_BYTES, BadJson, load_json
 from helpers.config.options import ROWS
+from helpers.config.problems import found
 from helpers.diffusion.noising import Schedule, schedule_from_betas
+from helpers.models.errors import OPTION, WeightsError, unfit
 from helpers.models.families import SPECS
 from helpers.models.parts import LossSettings, Parts, put_together
 from helpers.models.spec import Spec
 
+LARGEST_JSON = 100_000_000  # bytes; tokenizer.json with a vocabulary of 250,000 pieces has 17 MB
 SMALLEST_WEIGHTS = 1024  # bytes; any real file of weights is larger, and git LFS's placeholders are smaller
-OPTION = ROWS["pretrained_model_name_or_path"].label
-
-
-class WeightsError(Exception):
-    """The named weights cannot be used; the message says why and what to type instead."""
 
 
 def components(spec: Spec) -> tuple[str, ...]:
@@ -56,6 +56,17 @@ def fetch_weights(name: str, revision: str | None, variant: str | None, spec: Sp
     return _fetch(name, revision, *file_patterns(variant, spec))
 
 
+def at_hand(name: str, revision: str | None, file: str) -> Path | None:
+    """A file of a model, if that is a local folder or the hub's cache holds it; nothing is downloaded."""
+    if Path(name).is_dir():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def file_patterns(variant: str | None, spec: Spec) -> tuple[list[str], list[str]]:
     """Which files of a hub repository to take and which not: its components, as safetensors, in one variant."""
     suffixes = [f".{variant}.safetensors", f".{variant}-*.safetensors"] if variant else [".safetensors"]
@@ -69,7 +80,7 @@ def _config_patterns(spec: Spec) -> list[str]:
 
 
 def _fetch(name: str, revision: str | None, allow: list[str], ignore: list[str] | None = None) -> Path:
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return Path(name)
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise WeightsError(f"{OPTION}: there is no folder {name!r}. Type an existing folder, or a model of the hub.")
@@ -116,6 +127,9 @@ def check(family: Family, spec: Spec, folder: Path) -> None:
         )
     if missing:
         raise WeightsError(f"{OPTION}: {folder} has no {', '.join(missing)}: it is not a {family.name} pipeline.")
+    _require_readable(folder, spec)
+    if not isinstance(unet.get("out_channels"), int):
+        raise WeightsError(f"{OPTION}: {folder / 'unet' / 'config.json'} says no out_channels: it is damaged.")
     width = _json(folder / "text_encoder" / "config.json").get("d_model")
     if width != unet.get("encoder_hid_dim"):
         raise WeightsError(
@@ -127,6 +141,22 @@ def check(family: Family, spec: Spec, folder: Path) -> None:
     prediction = configs["scheduler"].get("prediction_type", "epsilon")
     if prediction != "epsilon":
         raise WeightsError(f"{OPTION}: {folder} predicts {prediction!r}; {family.name} is trained on epsilon.")
+
+
+def _require_readable(folder: Path, spec: Spec) -> None:
+    """See that all JSON that the libraries and the export will read is JSON, and loads nothing from elsewhere.
+
+    The libraries read it late, the export at the very end, and end in tracebacks.
+    """
+    _json(folder / "model_index.json")
+    for component in components(spec):
+        if not (folder / component).is_dir():
+            raise WeightsError(f"{OPTION}: {folder / component} is not a folder, as diffusers' pipelines have it.")
+        for path in sorted((folder / component).glob("*.json")):
+            _json(path, LARGEST_JSON)
+    adapter = folder / "text_encoder" / "adapter_config.json"
+    if adapter.exists():  # transformers would load the base that it names, from wherever that is
+        raise WeightsError(f"{OPTION}: {adapter} makes the text encoder an adapter of another one: merge it first.")
 
 
 def check_weight_files(folder: Path, variant: str | None) -> None:
@@ -147,6 +177,32 @@ def check_weight_files(folder: Path, variant: str | None) -> None:
         for path in files:
             if path.stat().st_size < SMALLEST_WEIGHTS and path.read_bytes().startswith(b"version https://git-lfs"):
                 raise WeightsError(f"{OPTION}: {path} is a placeholder of git LFS: run `git lfs pull` in {folder}.")
+            _require_safetensors(path)
+        for index in sorted((folder / stem).parent.glob("*.index*.json")):
+            _require_own_shards(index)
+
+
+def _require_safetensors(path: Path) -> None:
+    """See that a file is what its name says, by its header: it may be cut short, or a pickle."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(
+            f"{OPTION}: {path} is no safetensors file, or it is damaged ({error}): download or convert it again."
+        ) from error
+
+
+def _require_own_shards(index: Path) -> None:
+    """See that a list of shards names safetensors files beside it: diffusers would unpickle any other."""
+    names = _json(index, LARGEST_JSON).get("weight_map")
+    names = set(names.values()) if isinstance(names, dict) and all(isinstance(n, str) for n in names.values()) else {""}
+    for name in sorted(names):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise WeightsError(
+                f"{OPTION}: {index} names {found(name)} where only safetensors files beside it are read: it is damaged,"
+                " or its pickled weights must be converted first."
+            )
 
 
 def _other_family(unet: dict) -> str | None:
@@ -172,21 +228,30 @@ def _wrong_unet(spec: Spec, unet: dict) -> str | None:
     return None
 
 
-def _json(path: Path) -> dict:
+def _json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = load_json(path, max_bytes)
+    except (OSError, BadJson) as error:
         raise WeightsError(f"{OPTION}: {path} cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{OPTION}: {path} holds no object, but {found(content)}: it is damaged.")
+    return content
 
 
 def load(
     spec: Spec, folder: Path, dtype: torch.dtype, variant: str | None = None, loss: LossSettings = LossSettings()
 ) -> Parts:
     """Read the UNet in `dtype` and the schedulers; betas and channels are the checkpoint's own."""
-    # Never a pickled file, which diffusers would fall back to.
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant, use_safetensors=True)
-    low_res = spec.conditioning.scheduler
-    return put_together(spec, unet, _schedule(folder, "scheduler"), low_res and _schedule(folder, low_res), loss)
+    try:
+        # Never a pickled file, which diffusers would fall back to.
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant, use_safetensors=True)
+        low_res = spec.conditioning.scheduler
+        schedules = _schedule(folder, "scheduler"), low_res and _schedule(folder, low_res)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a config of any content makes diffusers raise
+        raise unfit("the UNet or a scheduler", folder, error) from error
+    return put_together(spec, unet, *schedules, loss)
 
 
 def _schedule(folder: Path, component: str) -> Schedule:

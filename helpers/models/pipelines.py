@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from helpers.models.facts import Origin
 
-WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5")
+WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def write_pipeline(unet: UNet2DConditionModel, base: Path, output: Path, variant: str | None, origin: Origin) -> Path:
@@ -77,20 +77,38 @@ def _is_usable(component: Path) -> bool:
     return bool(suffixes) and (".safetensors" in suffixes or not suffixes & set(WEIGHTS))
 
 
-def _copy_component(source: Path, target: Path, variant: str | None) -> None:
-    """Copy a component; of its weights only one variant, under the names of the plain one. Pickled ones stay behind.
+def copied_bytes(base: Path, variant: str | None) -> int:
+    """The size of the files that `write_pipeline` copies of a base, which may lie there in part only."""
+    components = (path for path in base.iterdir() if path.is_dir() and path.name != "unet" and _is_usable(path))
+    return sum(path.stat().st_size for source in components for path in _files_to_copy(source, variant)[0])
+
+
+def _files_to_copy(source: Path, variant: str | None) -> tuple[list[Path], str]:
+    """A component's files, of its weights only one variant; and what the names of that variant's weights hold.
 
     A component may lack the variant, as diffusers allows: then the plain weights are copied.
     """
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source.parent} has no {source.name}, which its pipeline needs")
     files = sorted(path for path in source.rglob("*") if path.is_file())
     infix = f".{variant}" if variant and any(f".{variant}" in path.name for path in files) else ""
-    for path in files:
-        is_weights = path.suffix in WEIGHTS or ".index." in path.name
+
+    def is_wanted(path: Path) -> bool:
         is_of_variant = infix in path.name if infix else ".fp16" not in path.name
-        if is_weights and not (is_of_variant and path.suffix in (".safetensors", ".json")):
-            continue
+        return not _is_weights(path) or (is_of_variant and path.suffix in (".safetensors", ".json"))
+
+    return [path for path in files if is_wanted(path)], infix
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in WEIGHTS or ".index." in path.name
+
+
+def _copy_component(source: Path, target: Path, variant: str | None) -> None:
+    """Copy a component; the weights under the names of the plain variant. Pickled ones stay behind."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source.parent} has no {source.name}, which its pipeline needs")
+    files, infix = _files_to_copy(source, variant)
+    for path in files:
+        is_weights = _is_weights(path)
         copy = target / path.relative_to(source)
         copy = copy.with_name(copy.name.replace(infix, "")) if is_weights and infix else copy
         copy.parent.mkdir(parents=True, exist_ok=True)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from helpers.captions.cleaning import clean
+from helpers.models.errors import unfit
 
 SAMPLES = 256
 SAMPLE_BYTES = 4096
+
+DTYPE = torch.bfloat16
+"""What an encoder computes in and embeds are kept in: T5 overflows in float16."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +33,22 @@ class T5:
         """The caption as IF was trained to read it: lower-cased and cleaned."""
         return clean(caption)
 
-    def fingerprint(self, folder: Path) -> dict[str, str]:
-        """What determines an embedding besides its text: cached ones are used again only where all of it is equal."""
+    def fingerprint(self, folder: Path, variant: str | None = None) -> dict[str, str]:
+        """What determines an embedding besides its text: cached ones are used again only where all of it is equal.
+
+        Of the encoder only the files that `load` reads with this variant count: the folder may hold several.
+        """
         return {
-            "text_encoder": fingerprint_files(folder / "text_encoder"),
+            "text_encoder": fingerprint_files(folder / "text_encoder", _encoder_files(variant)),
             "tokenizer": fingerprint_files(folder / "tokenizer"),
             "length": str(self.length),
             "cleaning": self.cleaning,
-            "dtype": "bfloat16",
+            "dtype": str(DTYPE).removeprefix("torch."),
         }
+
+    def length_counter(self, tokenizer: Path) -> Callable[[str], int]:
+        """From a prepared text to its tokens, before any are cut off, by the tokenizer in a folder."""
+        return partial(_length, AutoTokenizer.from_pretrained(tokenizer))
 
     def load(self, folder: Path, device: torch.device, variant: str | None = None) -> T5Encoder:
         return T5Encoder(folder, self.length, device, variant)
@@ -47,16 +59,22 @@ class T5Encoder:
 
     def __init__(self, folder: Path, length: int, device: torch.device, variant: str | None) -> None:
         self.length = length
-        self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        # dtype at load, not a cast after it: T5 keeps some of its weights in float32 on purpose.
-        model = T5EncoderModel.from_pretrained(
-            folder / "text_encoder", dtype=torch.bfloat16, variant=variant, use_safetensors=True
-        )
+        # Said outright, since left open it asks at the console whether to run the code that a tokenizer brings along.
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
+            # dtype at load, not a cast after it: T5 keeps some of its weights in float32 on purpose.
+            model = T5EncoderModel.from_pretrained(
+                folder / "text_encoder", dtype=DTYPE, variant=variant, use_safetensors=True
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # tokenizers raises a bare one
+            raise unfit("the text encoder or its tokenizer", folder, error) from error
         self.model = model.to(device).eval()
 
     def length_of(self, text: str) -> int:
         """Tokens of `text`, before any are cut off."""
-        return len(self.tokenizer(text).input_ids)
+        return _length(self.tokenizer, text)
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -68,16 +86,28 @@ class T5Encoder:
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).to(self.model.device)
         hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return hidden.to("cpu", torch.bfloat16)
+        return hidden.to("cpu", DTYPE)
 
 
-def fingerprint_files(folder: Path) -> str:
-    """A hash of every file below `folder`: names, sizes, and evenly spaced samples of the bytes.
+def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    return len(tokenizer(text).input_ids)
+
+
+def _encoder_files(variant: str | None) -> tuple[str, ...]:
+    """The names, as patterns, of the files that transformers reads for an encoder of this variant."""
+    infix = f".{variant}" if variant else ""
+    shards = [f"model.safetensors.index{infix}.json", f"model{infix}-*.safetensors"]
+    return ("config.json", f"model{infix}.safetensors", *shards)
+
+
+def fingerprint_files(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
+    """A hash of every file below `folder` whose name fits: names, sizes, and evenly spaced samples of the bytes.
 
     Sampled, since T5-XXL has 19 GB; any tuning of an encoder moves nearly all of its bytes.
     """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    fitting = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
+    for path in sorted(fitting):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
         with path.open("rb") as file:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from helpers.config.options import ROWS, Config, LossOptions, OptimizerOptions, TrainingOptions
+from helpers.data.sampler import Dealt
 from helpers.diffusion.timesteps import TimestepBias
+from helpers.files import is_full
 from helpers.models import loading
 from helpers.models.adapters import Adapter, trainable_parameters
 from helpers.models.bitfit import BitFit
@@ -27,31 +31,33 @@ from helpers.training.loop import Run
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
 from helpers.training.schedules import LearningRate
 
-# Options that a checkpoint depends on: with another value of one of them it cannot be gone on with.
-IDENTITY = (
-    "model_type",
-    "pretrained_model_name_or_path",
-    "revision",
-    "variant",
-    "lora_rank",
-    "lora_rank_pattern",
-    "lora_alpha",
-    "lora_targets",
-    "use_dora",
-    "use_rslora",
-    "use_bitfit",
-    "optimizer",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "adam_weight_decay",
-    "mixed_precision",
-    "pure_bf16",
-    "train_variance",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "seed",
-)
+_SHAPES = "the saved weights are those of another adapter"
+_BASE = "the saved weights were learned on top of the other ones"
+_STATE = "the saved optimizer's state is of another kind"
+_DTYPES = "the saved weights and the optimizer's state were rounded otherwise"
+
+IDENTITY: Mapping[str, str] = MappingProxyType({
+    "model_type": "another stage, or another kind of weights, is trained",
+    "pretrained_model_name_or_path": _BASE,
+    "revision": _BASE,
+    "variant": _BASE,
+    "lora_rank": _SHAPES,
+    "lora_rank_pattern": _SHAPES,
+    "lora_alpha": "the saved weights were learned at that scale",
+    "lora_targets": _SHAPES,
+    "use_dora": _SHAPES,
+    "use_rslora": "the saved weights were learned at that scale",
+    "use_bitfit": _SHAPES,
+    "optimizer": _STATE,
+    "mixed_precision": _DTYPES,
+    "pure_bf16": _DTYPES,
+    "train_variance": "the model would have to be sampled otherwise from there on",
+    "seed": "the order of each epoch hangs on it, so that images would come twice, and others never",
+})
+"""Options that a run cannot change when it goes on from a checkpoint, each with the reason."""
+
+UNTOLD = frozenset({"output_dir", "resume_from_checkpoint", "dry_run"})
+"""Options of which a run that goes on need not say that they changed."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +129,22 @@ def start_tracker(accelerator: Accelerator, config: Config, options: Mapping[str
     project, name = config.run.tracker_project_name, config.run.tracker_run_name
     if config.run.report_to == "tensorboard":
         # TensorBoard knows runs by their folders, and would make a second one of the options, which run.json has.
+        _leave_full_disks_to_the_run()
         accelerator.init_trackers(f"{project}/{name}" if name else project)
         return
     values = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in options.items()}
     accelerator.init_trackers(project, values, {"wandb": {"name": name or config.run.output_dir.name}})
+
+
+def _leave_full_disks_to_the_run() -> None:
+    """Keep TensorBoard's thread from printing a traceback: the run hears of a full disk, and tells it in words."""
+    told = threading.excepthook
+
+    def tell(error: threading.ExceptHookArgs) -> None:
+        if not is_full(error.exc_value):
+            told(error)
+
+    threading.excepthook = tell
 
 
 def adapter_of(config: Config) -> Adapter:
@@ -140,11 +158,6 @@ def adapter_of(config: Config) -> Adapter:
     return LoRA(lora.lora_rank, alpha, lora.lora_dropout, lora.lora_targets, lora.use_dora, lora.use_rslora, lora.ranks)
 
 
-def identity_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be equal for a checkpoint to be gone on with."""
-    return {name: options[name] for name in IDENTITY}
-
-
 class Ending(NamedTuple):
     """When a run ends: after so many optimizer steps, as these options say."""
 
@@ -152,9 +165,47 @@ class Ending(NamedTuple):
     options: tuple[str, ...]
 
 
-def ending(training: TrainingOptions, batches_in_epoch: int) -> Ending:
-    """By steps or by epochs, whichever ends first where both are set."""
-    by_epochs = math.ceil(training.num_train_epochs * batches_in_epoch / training.gradient_accumulation_steps)
+class Since(NamedTuple):
+    """From where on a run has its batch size and its accumulation: from its start, unless they were changed.
+
+    `batch` counts the batches of the epoch's images that were not `dealt` before in batches of other sizes.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    dealt: tuple[Dealt, ...] = ()
+
+    def state(self) -> tuple[int, int, int, tuple[tuple[int, int], ...]]:
+        """What a checkpoint keeps of it, as `since` reads it."""
+        return self.step, self.epoch, self.batch, tuple(map(tuple, self.dealt))
+
+
+def since(saved: Mapping[str, Any], training: TrainingOptions) -> Since:
+    """The same for a run that goes on from a checkpoint's state, with these options."""
+    step, epoch, batch, dealt = saved["since"]
+    before = Since(step, epoch, batch, tuple(Dealt(*part) for part in dealt))
+    was, run, batch_size = saved["options"], saved["run"], training.train_batch_size
+    same_size = was["train_batch_size"] == batch_size
+    if same_size and was["gradient_accumulation_steps"] == training.gradient_accumulation_steps:
+        return before
+    epoch, batch = run["position"]
+    dealt = before.dealt if before.epoch == epoch else ()
+    if same_size:
+        return Since(run["step"], epoch, batch, dealt)
+    return Since(run["step"], epoch, 0, (*dealt, Dealt(was["train_batch_size"], batch)) if batch else dealt)
+
+
+def ending(training: TrainingOptions, batches_in: Callable[[int], int], since: Since = Since()) -> Ending:
+    """By steps or by epochs, whichever ends first where both are set.
+
+    Args:
+        batches_in: how many an epoch has, by its number.
+    """
+    whole = batches_in(since.epoch + 1 if since.dealt else since.epoch)
+    left = batches_in(since.epoch) - since.batch + (training.num_train_epochs - since.epoch - 1) * whole
+    by_epochs = since.step + max(0, math.ceil(left / training.gradient_accumulation_steps))
+    by_epochs = by_epochs if training.num_train_epochs else 0
     limits = {"max_train_steps": training.max_train_steps, "num_train_epochs": by_epochs}
     steps = min(limit for limit in limits.values() if limit)
     return Ending(steps, tuple(option for option, limit in limits.items() if limit == steps))
@@ -211,6 +262,7 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
         optimizer=optimizer,
         learning_rate=learning_rate_of(options, steps),
         max_grad_norm=training.max_grad_norm,
+        max_nonfinite_steps=training.max_nonfinite_steps,
         generator=torch.Generator(accelerator.device).manual_seed(training.seed),
         ema=EMA(trainable_parameters(parts.unet), options.ema_decay) if options.use_ema else None,
     )

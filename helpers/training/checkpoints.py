@@ -6,7 +6,8 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from helpers.config.options import ROWS
-from helpers.files import flush
-from helpers.models.adapters import Adapter
+from helpers.files import DiskFull, content_hash, flush, is_full, printable
+from helpers.models.adapters import Adapter, trainable_parameters
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
+MANIFEST = "manifest.json"
+FORMAT = "checkpoint-1"
+ABANDONED, DAMAGED = "abandoned", "damaged"
+_UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+"""What reading JSON of any content raises."""
 
 
 class CheckpointError(Exception):
@@ -29,39 +35,88 @@ class CheckpointError(Exception):
 def save(output: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state: Mapping[str, Any], keep: int) -> Path:
     """Write `checkpoint-<step>`; only when it is safe on the disk, delete the oldest ones beyond `keep` (0 keeps all).
 
+    It is written under another name, flushed, and renamed, with a manifest of its files' sizes and hashes. One that is
+    there already stays as it is; a damaged one of that step is moved into `damaged/`.
+
     Args:
         state: nested dicts, lists and tuples of tensors and plain values; read back by `load_state`.
+
+    Raises:
+        DiskFull: there is no room for it. What was saved before is still there, and nothing of this one.
     """
     folder = output / f"checkpoint-{step}"
-    for leftover in output.glob(".checkpoint-*.partial"):
-        shutil.rmtree(leftover)
-    partial = output / f".{folder.name}.partial"
-    partial.mkdir(parents=True)
-    adapter.save_weights(unet, partial)
-    tensors: dict[str, torch.Tensor] = {}
-    (partial / STATE).write_text(json.dumps(_pack(state, tensors), indent=1) + "\n", "utf-8")
-    save_file(tensors, partial / TENSORS)
-    for path in [*partial.rglob("*"), partial]:
-        flush(path)
-    partial.rename(folder)
-    flush(output)
-    for old in found(output)[:-keep] if keep else []:
-        shutil.rmtree(old)
+    sweep(output)
+    if folder.exists() and damage(folder):
+        _set_aside(folder, DAMAGED)
+    if not folder.exists():
+        _write(folder, step, adapter, unet, state)
+    _prune(output, step, keep)
     return folder
 
 
-def set_aside_later(output: Path, checkpoint: Path) -> list[Path]:
-    """Move the checkpoints after this one into `abandoned/`, for a run that goes back to it; returns their new paths.
+def _write(folder: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state: Mapping[str, Any]) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    packed = json.dumps(_pack(state, tensors), indent=1) + "\n"
+    partial = _partial(folder)
+    try:
+        partial.mkdir(parents=True)
+        adapter.save_weights(unet, partial)
+        (partial / STATE).write_text(packed, "utf-8")
+        save_file(tensors, partial / TENSORS)
+        _write_manifest(partial, step)
+        for path in [*partial.rglob("*"), partial]:
+            flush(path)
+        partial.rename(folder)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not is_full(error):
+            raise
+        saved = [*trainable_parameters(unet), *tensors.values()]
+        raise DiskFull(folder.name, folder.parent, len(packed) + sum(tensor.nbytes for tensor in saved)) from error
+    flush(folder.parent)
 
-    They stay, but are no longer taken for the latest, nor pruned, nor in the way of the new ones of the same steps.
+
+def _write_manifest(folder: Path, step: int) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": content_hash(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    content = {"format": FORMAT, "step": step, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def _prune(output: Path, step: int, keep: int) -> None:
+    """Of the checkpoints up to this step, delete the oldest ones beyond `keep`."""
+    for old in [folder for folder in found(output) if _step(folder) <= step][:-keep] if keep else []:
+        # Out of the way first: one of which half is deleted would be taken for damaged.
+        shutil.rmtree(old.rename(_partial(old)))
+
+
+def sweep(output: Path) -> None:
+    """Delete what saving or deleting a checkpoint left when the process was killed at it."""
+    for leftover in output.glob(".checkpoint-*.partial"):
+        shutil.rmtree(leftover)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def set_aside_later(output: Path, checkpoint: Path) -> list[Path]:
+    """Move the checkpoints after this one away, for a run that goes back to it; returns their new paths.
+
+    They stay, in `abandoned/` or `damaged/`, but are no longer taken for the latest, nor pruned, nor in the way of the
+    new ones of the same steps.
     """
-    later = found(output)[found(output).index(checkpoint) + 1 :]
-    moved = []
-    for folder in later:
-        moved.append(_free(output / "abandoned" / folder.name))
-        moved[-1].parent.mkdir(exist_ok=True)
-        folder.rename(moved[-1])
-    return moved
+    later = [folder for folder in _all(output) if _step(folder) > _step(checkpoint)]
+    return [_set_aside(folder, DAMAGED if damage(folder) else ABANDONED) for folder in later]
+
+
+def _set_aside(folder: Path, under: str) -> Path:
+    place = _free(folder.parent / under / folder.name)
+    place.parent.mkdir(exist_ok=True)
+    return folder.rename(place)
 
 
 def _free(path: Path) -> Path:
@@ -71,34 +126,97 @@ def _free(path: Path) -> Path:
 
 
 def found(output: Path) -> list[Path]:
-    """The complete checkpoints in an output folder, oldest first."""
+    """The checkpoints in an output folder that are whole by the sizes of their files, oldest first."""
+    return [folder for folder in _all(output) if damage(folder, hashes=False) is None]
+
+
+def _all(output: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, oldest first."""
     folders = output.glob("checkpoint-*") if output.is_dir() else []
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folders}
-    return sorted((path for path, match in steps.items() if match), key=lambda path: int(steps[path][1]))
+    return sorted((path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def damage(folder: Path, hashes: bool = True) -> str | None:
+    """Why a checkpoint cannot be trusted, in words; None if all files are what its manifest says.
+
+    Args:
+        hashes: read all of it, at about 1 GB a second, and do not only look at the sizes.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        step, kind = manifest["step"], manifest["format"]
+        files = {folder / name: (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: it is not whole, or another trainer or an older version made it"
+    except _UNREADABLE as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    if (step, kind) != (_step(folder), FORMAT):
+        return f"its {MANIFEST} is of step {step!r} and format {kind!r}, not {_step(folder)} and {FORMAT!r}"
+    problems = (_damage_of_file(path, *expected, hashes) for path, expected in files.items())
+    return next((problem for problem in problems if problem), None)
+
+
+def _damage_of_file(path: Path, size: int, sha256: str, hashes: bool) -> str | None:
+    try:
+        if not path.is_file():
+            return f"{path.name} is missing"
+        if path.stat().st_size != size:
+            return f"{path.name} has {path.stat().st_size:,} bytes, not {size:,}"
+        return f"{path.name} has another content than was written" if hashes and content_hash(path) != sha256 else None
+    except (OSError, ValueError) as error:
+        return f"{path.name} cannot be read: {error}"
 
 
 def choose(output: Path, wanted: str) -> Path | None:
-    """The checkpoint to resume from: `latest`, a name, or `none`.
+    """The checkpoint to resume from: `latest` that is whole, a name, or `none`. It says which ones it skips, and why.
 
     Raises:
-        CheckpointError: there is none of that name, or a run would start anew over another one's checkpoints.
+        CheckpointError: there is none of that name, it is damaged, all are, or a run would start anew over another
+            one's checkpoints.
     """
-    checkpoints = found(output)
+    label, checkpoints = ROWS["resume_from_checkpoint"].label, _all(output)
     if wanted == "latest":
-        return checkpoints[-1] if checkpoints else None
+        return _newest_whole(checkpoints)
     if wanted == "none":
         if checkpoints:
             raise CheckpointError(
-                f"{ROWS['resume_from_checkpoint'].label}: found none, but OUTPUT_DIR {output} holds"
+                f"{label}: found none, but OUTPUT_DIR {output} holds"
                 f" {checkpoints[-1].name}. Type latest to go on from there, or name another OUTPUT_DIR."
             )
         return None
     if output / wanted not in checkpoints:
         names = ", ".join(path.name for path in checkpoints) or "none"
+        raise CheckpointError(f"{label}: {output} has no {wanted!r}. It has: {names}.")
+    reason = damage(output / wanted)
+    if reason:
         raise CheckpointError(
-            f"{ROWS['resume_from_checkpoint'].label}: {output} has no {wanted!r}. It has: {names}."
+            f"{label}: found {wanted}, which is damaged: {reason}. Type latest for the newest one that is whole."
         )
     return output / wanted
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path | None:
+    reasons: dict[Path, str] = {}
+    for folder in reversed(checkpoints):
+        reason = damage(folder)
+        if reason is None:
+            for damaged, words in reasons.items():
+                print(f"{damaged.name} is damaged ({words}), and skipped.")
+            return folder
+        reasons[folder] = reason
+    if reasons:
+        raise CheckpointError(
+            "\n  ".join([
+                f"{ROWS['output_dir'].label}: no checkpoint in {printable(checkpoints[0].parent)} can be gone on from:",
+                *(f"{folder.name}: {reason}" for folder, reason in reasons.items()),
+            ])
+            + "\nMove these folders away to start anew, or name another OUTPUT_DIR."
+        )
+    return None
 
 
 def load_state(folder: Path) -> dict[str, Any]:
@@ -107,57 +225,85 @@ def load_state(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it was not made by this trainer, or is damaged.
     """
-    packed = _read(folder)
     try:
-        return _unpack(packed, load_file(folder / TENSORS))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(_unusable(folder, f"{TENSORS}: {error}")) from error
+        return _unpack(json.loads((folder / STATE).read_bytes()), load_file(folder / TENSORS))
+    except (*_UNREADABLE, SafetensorError) as error:
+        raise CheckpointError(_unusable(folder, error)) from error
 
 
-def require_same(folder: Path, identity: Mapping[str, Any], data: Mapping[str, str]) -> None:
-    """Refuse a checkpoint made with other settings or other data, before any weights load.
+def load_plain(folder: Path) -> dict[str, Any]:
+    """The same with None for each tensor, without reading those.
+
+    Raises:
+        CheckpointError: as `load_state`.
+    """
+    try:
+        return _unpack(json.loads((folder / STATE).read_bytes()), None)
+    except _UNREADABLE as error:
+        raise CheckpointError(_unusable(folder, error)) from error
+
+
+@contextmanager
+def refused_if_other(folder: Path) -> Iterator[None]:
+    """Within it, what a state's content makes code fail with means: this trainer did not write it.
+
+    A manifest says that files are whole, not who wrote them.
+
+    Raises:
+        CheckpointError: instead of such an error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (*_UNREADABLE, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(_unusable(folder, error)) from error
+
+
+def changes(
+    folder: Path, options: Mapping[str, Any], fixed: Mapping[str, str], data: Mapping[str, str]
+) -> dict[str, tuple[Any, Any]]:
+    """The options with another value than the checkpoint was made with: name -> (then, now).
 
     Args:
-        identity: option -> value, of those that a run cannot change.
+        options: name -> value.
+        fixed: those that a run cannot change, with the reason.
         data: dataset id -> digest of what determines its batches.
 
     Raises:
-        CheckpointError: naming each setting and each dataset that differs.
+        CheckpointError: naming each fixed option and each dataset that differs.
     """
-    saved = _unpack(_read(folder), None)
-    settings, datasets = saved.get("identity", {}), saved.get("data", {})
+    with refused_if_other(folder):
+        saved = load_plain(folder)
+        settings, datasets = dict(saved.get("options", {})), dict(saved.get("data", {}))
     # A checkpoint from before an option was added was made with what is now the default.
-    was = {option: settings.get(option, ROWS[option].field.default) for option in identity}
+    was = {name: settings.get(name, ROWS[name].field.default if name in fixed else options[name]) for name in options}
+    changed = {name: (was[name], now) for name, now in options.items() if was[name] != now}
     differing = [
-        f"{ROWS[option].label} was {was[option]!r} and is now {value!r}"
-        for option, value in identity.items()
-        if was[option] != value
+        f"{ROWS[name].label} was {changed[name][0]!r} and is now {changed[name][1]!r}: {reason}"
+        for name, reason in fixed.items()
+        if name in changed
     ]
-    differing += [f"dataset {name!r} is new" for name in data.keys() - datasets.keys()]
-    differing += [f"dataset {name!r} is gone" for name in datasets.keys() - data.keys()]
+    differing += [f"dataset {name!r} is new" for name in sorted(data.keys() - datasets.keys())]
+    differing += [f"dataset {name!r} is gone" for name in sorted(datasets.keys() - data.keys())]
     differing += [
-        f"the images, captions or settings of dataset {name!r} changed"
+        f"the images, captions or settings of dataset {name!r} changed: it cannot be told any more which of them the"
+        " epoch has seen"
         for name in sorted(data.keys() & datasets.keys())
         if data[name] != datasets[name]
     ]
     if differing:
         raise CheckpointError(
-            f"{folder} was made otherwise: {'; '.join(differing)}."
-            " Set that back to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
+            "\n  ".join([f"{folder} was made otherwise:", *differing])
+            + "\nSet that back to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
         )
+    return changed
 
 
-def _read(folder: Path) -> Any:
-    try:
-        return json.loads((folder / STATE).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(_unusable(folder, f"{STATE}: {error}")) from error
-
-
-def _unusable(folder: Path, reason: str) -> str:
+def _unusable(folder: Path, error: Exception) -> str:
     return (
-        f"{ROWS['output_dir'].label}: found {folder}, which this trainer did not make or which is damaged ({reason})."
-        " Name another OUTPUT_DIR, or move that folder away."
+        f"{ROWS['output_dir'].label}: found {folder}, which this trainer did not make or which is damaged"
+        f" ({type(error).__name__}: {error}). Name another OUTPUT_DIR, or move that folder away."
     )
 
 
@@ -165,7 +311,7 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Turn a nested state into JSON, with its tensors moved into `tensors`."""
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        tensors[name] = value.detach().contiguous().clone()
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(value, Mapping):
         return {"dict": [[key, _pack(entry, tensors)] for key, entry in value.items()]}

@@ -48,8 +48,8 @@ class EMA:
     def in_place(self) -> Iterator[None]:
         """The average in place of the parameters, which come back as they were; they wait on the CPU."""
         self._average.store(self._parameters)
-        self._average.copy_to(self._parameters)
         try:
+            self._average.copy_to(self._parameters)
             yield
         finally:
             self._average.restore(self._parameters)

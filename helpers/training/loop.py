@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,13 @@ from tqdm import tqdm
 
 from helpers.data.collate import Batch
 from helpers.data.sampler import Position
+from helpers.files import is_full
 from helpers.models.adapters import trainable_parameters
 from helpers.models.parts import Parts
 from helpers.training.ema import EMA
+from helpers.training.nonfinite import Passed, all_finite, describe, gradient_norm
+from helpers.training.optimizers import restore_state
+from helpers.training.requests import Requests
 from helpers.training.schedules import LearningRate
 from helpers.training.step import training_loss
 
@@ -25,7 +29,7 @@ REPORT_SECONDS = 0.5
 
 
 class NonFiniteLoss(Exception):
-    """The loss or a weight is NaN or infinite: nothing can be learned any more; the message says at which step."""
+    """Loss, gradient or weights stay NaN or infinite: nothing is learned any more; the message says since when."""
 
 
 @dataclass
@@ -40,9 +44,11 @@ class Run:
     max_grad_norm: float
     generator: torch.Generator
     ema: EMA | None = None
+    max_nonfinite_steps: int = 5
     step: int = 0
     position: Position = field(default_factory=lambda: Position(0, 0))
-    stop_signal: int | None = None  # set by a signal handler; the loop ends after the step in progress
+    skipped_in_a_row: int = 0  # the steps just done whose loss or gradient was not finite
+    requests: Requests = field(default_factory=Requests)
 
     @property
     def total_steps(self) -> int:
@@ -61,6 +67,7 @@ class Run:
         return {
             "step": self.step,
             "position": tuple(self.position),
+            "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state() if self.ema else None,
             "device": kind,
@@ -77,7 +84,8 @@ class Run:
         """
         self.step = state["step"]
         self.position = Position(*state["position"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # checkpoints of before have none
+        restore_state(self.optimizer, state["optimizer"])
         self._restore_ema(state.get("ema"))
         kind = self.accelerator.device.type
         if state["device"] != kind:
@@ -102,37 +110,68 @@ class Run:
 def train(
     run: Run, batches: Iterator[tuple[Position, Batch]], after_step: Sequence[Callable[[Run], None]] = ()
 ) -> None:
-    """Train until the last step, or until a signal asks to stop.
+    """Train until the last step, or until it is asked to stop.
+
+    A step whose loss or gradient is not finite changes nothing but the random numbers drawn, and counts as a step.
 
     Args:
         batches: endless, from the run's position on, each with the position after it.
-        after_step: called in turn after each optimizer step.
+        after_step: called in turn after each step.
+
+    Raises:
+        NonFiniteLoss: after more than `max_nonfinite_steps` such steps in a row.
     """
     parameters = trainable_parameters(run.unet)
     run.unet.train()  # diffusers loads in eval mode, in which neither dropout nor gradient checkpointing acts
     with Progress(run) as progress:
-        while not run.finished and run.stop_signal is None:
+        while not run.finished and run.requests.stop is None:
             rate = run.learning_rate.at(run.step)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
+            passes = []
             for _ in range(run.accelerator.gradient_accumulation_steps):
                 position, batch = next(batches)
-                batch = batch.to(run.accelerator.device)
-                with run.accelerator.accumulate(run.unet):
-                    with run.accelerator.autocast():
-                        loss = training_loss(run.parts, run.unet, batch, run.generator)
-                    run.accelerator.backward(loss)
-                    if run.accelerator.sync_gradients and run.max_grad_norm:
-                        run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
-                    run.optimizer.step()
-                    run.optimizer.zero_grad()
-                progress.add(loss, len(batch.uses))
-            if run.ema:
-                run.ema.update()
+                passes.append(_passed(run, batch.to(run.accelerator.device)))
+            norm = _clipped(run, parameters)
+            if all_finite(passes, norm):
+                run.optimizer.step()
+                if run.ema:
+                    run.ema.update()
+                run.skipped_in_a_row = 0
+            else:
+                _skip(run, passes, norm, parameters[0].dtype)
+            run.optimizer.zero_grad()
             run.position, run.step = position, run.step + 1
-            progress.end_step(rate)
+            progress.end_step(rate, passes)
             for call in after_step:
                 call(run)
+
+
+def _passed(run: Run, batch: Batch) -> Passed:
+    """Add the gradient of a batch, which is on the device."""
+    with run.accelerator.accumulate(run.unet):
+        with run.accelerator.autocast():
+            loss, timesteps = training_loss(run.parts, run.unet, batch, run.generator)
+        run.accelerator.backward(loss)
+    return Passed(batch.uses, loss.detach(), timesteps, batch.prompt_embeds.sum((1, 2), dtype=torch.float32))
+
+
+def _clipped(run: Run, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """Clip the gradient; a norm of it from before, which is finite where all of it is."""
+    if run.max_grad_norm:
+        return run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
+    return gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def _skip(run: Run, passes: Sequence[Passed], norm: torch.Tensor, trained: torch.dtype) -> None:
+    """Tell of a step that cannot be made, and end the run where there were too many in a row."""
+    run.skipped_in_a_row += 1
+    computed = torch.bfloat16 if run.accelerator.mixed_precision == "bf16" else run.parts.unet.dtype
+    what, step = describe(passes, norm, computed, trained), run.step + 1
+    if run.skipped_in_a_row > run.max_nonfinite_steps:
+        limit = f"{run.max_nonfinite_steps} such steps in a row (MAX_NONFINITE_STEPS, --max_nonfinite_steps) may be"
+        raise NonFiniteLoss(_broken(f"Step {step}: {what}\nNo more than {limit} skipped"))
+    tqdm.write(f"Step {step} is skipped, {run.skipped_in_a_row} in a row: {what}", file=sys.stderr)
 
 
 def require_finite(run: Run) -> None:
@@ -144,8 +183,21 @@ def require_finite(run: Run) -> None:
 def _broken(what: str) -> str:
     return (
         f"{what}, so training ends; what was saved before is intact. Lower LEARNING_RATE (--learning_rate), keep"
-        " MAX_GRAD_NORM (--max_grad_norm) at 1, and go on from the last checkpoint."
+        " MAX_GRAD_NORM (--max_grad_norm) at 1, and go on from a checkpoint of before (RESUME_CHECKPOINT,"
+        " --resume_from_checkpoint). Where it is always the same image, take that out."
     )
+
+
+@contextmanager
+def curves(run: Run) -> Iterator[None]:
+    """Within it a full disk ends the trackers, and not the run."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        run.accelerator.trackers.clear()
+        tqdm.write(f"No space is left for curves, which end here at step {run.step:,}. Training goes on.")
 
 
 @dataclass(frozen=True)
@@ -156,8 +208,11 @@ class Every:
     action: Callable[[Run], None]
 
     def __call__(self, run: Run) -> None:
-        if run.finished or (self.steps and run.step % self.steps == 0):
+        if self.is_due(run):
             self.action(run)
+
+    def is_due(self, run: Run) -> bool:
+        return run.finished or bool(self.steps and run.step % self.steps == 0)
 
 
 class Progress:
@@ -169,7 +224,6 @@ class Progress:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc="Training", dynamic_ncols=True)
-        self.losses: list[torch.Tensor] = []
         self.waiting: list[tuple[int, float, torch.Tensor]] = []
         self.samples = 0
         self.drawn = time.monotonic()
@@ -184,13 +238,11 @@ class Progress:
         finally:
             self.bar.close()
 
-    def add(self, loss: torch.Tensor, samples: int) -> None:
-        self.losses.append(loss.detach())
-        self.samples += samples
-
-    def end_step(self, rate: float) -> None:
-        self.waiting.append((self.run.step, rate, torch.stack(self.losses).mean()))
-        self.losses.clear()
+    def end_step(self, rate: float, passes: Sequence[Passed]) -> None:
+        """Note a step. One that was skipped has no place on a curve."""
+        if not self.run.skipped_in_a_row:
+            self.waiting.append((self.run.step, rate, torch.stack([one.loss for one in passes]).mean()))
+            self.samples += sum(len(one.uses) for one in passes)
         if time.monotonic() - self.drawn >= REPORT_SECONDS or self.run.finished:
             self.draw()
 
@@ -200,10 +252,9 @@ class Progress:
         seconds = max(time.monotonic() - self.drawn, 1e-9)
         waiting, self.waiting = self.waiting, []
         losses = torch.stack([loss for _, _, loss in waiting]).tolist()
-        for (step, rate, _), loss in zip(waiting, losses):
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(_broken(f"The loss is {loss} at step {step}"))
-            self.run.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
+        with curves(self.run):
+            for (step, rate, _), loss in zip(waiting, losses):
+                self.run.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
         self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {rate:.2e}, {self.samples / seconds:.1f} samples/s", False)
-        self.bar.update(len(waiting))
+        self.bar.update(waiting[-1][0] - self.bar.n)
         self.samples, self.drawn = 0, time.monotonic()

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from helpers.diffusion.noising import schedule_from_betas
 from helpers.diffusion.objective import EpsilonObjective
 from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.errors import unfit
 from helpers.models.gradient_checkpointing import checkpoint_everything
 from helpers.sizes import Size
 from helpers.training.rounding import chunks_of, slices
@@ -118,9 +119,37 @@ def estimate(setup: Setup) -> Memory:
     return Memory(weights, gradients, optimizer, ema, ledger.most_activations, peak)
 
 
+@dataclass(frozen=True)
+class Saved:
+    """Bytes in files: of what is trained, of what goes with it into a checkpoint, and of the whole UNet."""
+
+    trained: int
+    state: int
+    unet: int
+
+    @property
+    def checkpoint(self) -> int:
+        return self.trained + self.state
+
+
+def saved(setup: Setup) -> Saved:
+    """What a run of this setup saves, but for the headers of its files."""
+    unet = _unet_without_data(setup)
+    trained = trainable_parameters(unet)
+    average = sum(4 * parameter.numel() for parameter in trained) if setup.ema else 0
+    return Saved(
+        trained=sum(parameter.nbytes for parameter in trained),
+        state=STATE_BYTES[setup.optimizer](trained) + average,
+        unet=sum(parameter.nbytes for parameter in unet.parameters()),
+    )
+
+
 def _unet_without_data(setup: Setup) -> UNet2DConditionModel:
     with META:
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(setup.architecture))
+        try:
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(setup.architecture))
+        except Exception as error:  # whatever a config of any content makes diffusers raise
+            raise unfit("the UNet", setup.architecture.parent, error) from error
         for parameter in unet.parameters():
             parameter.data = parameter.data.to(setup.weights)
         setup.adapter.attach(unet, setup.trained)

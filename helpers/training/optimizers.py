@@ -6,8 +6,9 @@ refuses the pairing: `adamw` and `prodigy`. The libraries of the optional ones a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -103,3 +104,17 @@ OPTIMIZERS: dict[str, Make] = {
     "lion": _for_bf16_too(_lion, elementwise=True),
     "prodigy": _prodigy,
 }
+
+
+def restore_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Go on with a saved state, but with the betas, epsilon and weight decay that the optimizer was made with."""
+    optimizer.load_state_dict(_with_settings(state, optimizer.state_dict()))
+
+
+def _with_settings(saved: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    groups = [
+        group | {key: new[key] for key in ("betas", "eps", "weight_decay") if key in new}
+        for group, new in zip(saved["param_groups"], made["param_groups"])
+    ]
+    inner = {"inner": _with_settings(saved["inner"], made["inner"])} if "inner" in saved else {}
+    return {**saved, "param_groups": groups, **inner}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,20 @@ from helpers.diffusion.noising import add_noise, gaussian
 from helpers.models.parts import Parts
 
 
-def training_loss(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Noise the batch at random timesteps and hold the UNet's output against the noise: a float32 scalar.
+class StepLoss(NamedTuple):
+    """The loss of a batch, and where it was taken.
+
+    Attributes:
+        loss: a float32 scalar.
+        timesteps: int64 `[B]`.
+    """
+
+    loss: Tensor
+    timesteps: Tensor
+
+
+def training_loss(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> StepLoss:
+    """Noise the batch at random timesteps and hold the UNet's output against the noise.
 
     Args:
         unet: the UNet of `parts`, possibly wrapped for several processes.
@@ -28,4 +42,4 @@ def training_loss(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: 
     dtype = parts.unet.dtype
     # No attention mask: IF's pipelines never pass one, and the UNet was trained to see all positions.
     output = unet(unet_input.to(dtype), t, batch.prompt_embeds.to(dtype), class_labels=class_labels).sample
-    return parts.objective(output.float(), x, x_t, noise, t)
+    return StepLoss(parts.objective(output.float(), x, x_t, noise, t), t)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from helpers.config.jsonfile import BadJson, load_json
 from helpers.data.dataset import Dataset
 from helpers.data.scan import Record
 from helpers.files import printable, write_whole
@@ -95,8 +96,8 @@ def _remembered(path: Path) -> tuple[dict[str, list[str]], list[str]]:
     if not path.exists():
         return {}, []
     try:
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+        content = load_json(path)
+    except (OSError, BadJson):
         content = None
     if isinstance(content, dict) and all(_are_names(names) for names in content.values()):
         return content, []

@@ -16,6 +16,7 @@ from helpers.validation.render import Rendered, Sampling
 from helpers.validation.sheet import Cell
 
 LONGEST_NAME = 60
+LONGEST_BYTES = 100  # file systems allow 255, and a name of a file is made of two of these
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class PromptPictures:
 
 def safe_name(text: str) -> str:
     """A short name for files that stands for `text`."""
-    return re.sub(r"\W+", "_", text.lower()).strip("_")[:LONGEST_NAME] or "prompt"
+    name = re.sub(r"\W+", "_", text.lower()).strip("_")[:LONGEST_NAME]
+    return name.encode()[:LONGEST_BYTES].decode(errors="ignore") or "prompt"
 
 
 def named_prompts(prompt: str | None, library: Mapping[str, str]) -> dict[str, str]:
@@ -65,7 +67,7 @@ def named_prompts(prompt: str | None, library: Mapping[str, str]) -> dict[str, s
     named: dict[str, str] = {}
     for key, text in texts.items():
         name = safe_name(key)
-        if name in named:
+        while name in named:
             name = f"{name}_{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
         named[name] = text
     return named

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from helpers.files import telling_if_full, write_whole
 from helpers.sizes import Size
 from helpers.training.loop import Run
 from helpers.validation.sheet import Cell, sheet
@@ -125,37 +128,65 @@ class Validation:
     def __call__(self, run: Run) -> None:
         """Render each picture into its own file, and all of them onto one sheet.
 
-        Training is afterwards as it was before: mode, weights, gradients and random numbers. An error is reported and
-        does not end the training, which may have run for days.
+        Training is afterwards as it was before: mode, weights, gradients, random numbers and memory. An error is
+        reported and does not end the training, which may have run for days. A run that is asked to stop does not wait
+        for the pictures, which are made where it goes on.
         """
         was_training = run.unet.training
         devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
+
+        def heed(*_: object) -> None:
+            run.requests.look(self.output)
+            if run.requests.stop is not None:
+                raise _LeftOff
+
+        heeding = run.parts.unet.register_forward_pre_hook(heed)
+        failure = None
         try:
             with torch.random.fork_rng(devices), run.accelerator.autocast(), run.averaged_weights():
                 run.unet.eval()
-                self._render_and_log(run, self.output / IMAGES / f"step_{run.step}")
-        except (RuntimeError, ValueError, OSError) as error:
-            tqdm.write(f"Validation at step {run.step} failed, training goes on: {type(error).__name__}: {error}")
+                with telling_if_full("validation images", self.output):
+                    self._render_and_log(run, self.output / IMAGES / f"step_{run.step}")
+        except _LeftOff:
+            tqdm.write(f"Validation at step {run.step} is left off: the run was asked to stop.")
+        except Exception as error:  # whatever it is, training goes on without these pictures
+            failure = f"Validation at step {run.step} failed, training goes on: {type(error).__name__}: {error}"
         finally:
+            heeding.remove()
             run.unet.train(was_training)
+        if failure:  # only here, where nothing holds the error any more, and with it all that was made before it
+            _give_back_memory(run.accelerator.device)
+            tqdm.write(failure)
 
     def _render_and_log(self, run: Run, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         rendered = self.pictures.render(run, folder)
         page = sheet(rendered.rows)
-        page.save(folder / SHEET)
         if rendered.curves:
             run.accelerator.log(dict(rendered.curves), step=run.step)
         for tracker in run.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": np.asarray(page)[None]}, step=run.step, **layout)
+        file = io.BytesIO()
+        page.save(file, "PNG")
+        write_whole(folder / SHEET, file.getvalue())  # the last thing, by which `is_done` knows that all is there
 
     def is_done(self, step: int) -> bool:
         """Whether the validation of this step was written, all of it."""
         return (self.output / IMAGES / f"step_{step}" / SHEET).exists()
 
     def before_and_after(self) -> Path | None:
-        """Set the first and the last of each picture side by side in one sheet; None if there are no two of any."""
+        """Set the first and the last of each picture side by side in one sheet; None if there are no two of any.
+
+        An error is reported: the training that is done is not lost for it.
+        """
+        try:
+            return self._before_and_after()
+        except Exception as error:
+            tqdm.write(f"The pictures before and after cannot be set side by side: {type(error).__name__}: {error}")
+            return None
+
+    def _before_and_after(self) -> Path | None:
         steps = (self.output / IMAGES).glob("step_*")
         folders = sorted(steps, key=lambda folder: int(folder.name.removeprefix("step_")))
         rows = []
@@ -168,6 +199,16 @@ class Validation:
         path = self.output / IMAGES / "before_and_after.png"
         sheet(rows).save(path)
         return path
+
+
+class _LeftOff(Exception):
+    """The run was asked to stop in the middle of a validation."""
+
+
+def _give_back_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _labelled(file: Path, title: str) -> Cell:

@@ -178,3 +178,43 @@ def test_nothing_is_said_of_captions_that_fit_or_were_encoded_before(tmp_path, c
     capsys.readouterr()
     built(tmp_path, ["b" * 78, "c"])
     assert "tokens" not in capsys.readouterr().out
+
+
+def told(folder, texts, capsys, fingerprint=FINGERPRINT) -> str:
+    capsys.readouterr()
+    built(folder, texts, fingerprint=fingerprint)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "encoded before" in line]
+    return "".join(lines).removeprefix("Text embeds: ")
+
+
+def test_the_log_counts_what_was_reused_and_why_the_rest_is_encoded(tmp_path, capsys):
+    assert told(tmp_path, ["a", "b"], capsys).startswith("0 captions encoded before, 2 captions to encode (2 new)")
+    assert told(tmp_path, ["a", "b", "c"], capsys).startswith("2 captions encoded before, 1 captions to encode (1 new)")
+    assert EmbedCache(tmp_path, FINGERPRINT).plan(["a", "b", "c", "a"]) == (
+        "3 captions encoded before, 0 to encode"
+    )
+
+
+@pytest.mark.parametrize("parts", [["text_encoder"], ["length", "cleaning"]])
+def test_captions_that_another_encoder_encoded_are_told_as_such(tmp_path, capsys, parts):
+    built(tmp_path, ["a", "b"])
+    other = FINGERPRINT | dict.fromkeys(parts, "another")
+    line = told(tmp_path, ["a", "b", "c"], capsys, other)
+    assert "0 captions encoded before" in line
+    assert f"(2 so far with another {' and '.join(parts)}, 1 new)" in line
+    nearer = FINGERPRINT | {parts[0]: "another", "tokenizer": "another"}
+    assert "another tokenizer" in EmbedCache(tmp_path, nearer).plan(["a"]) or len(parts) > 1
+
+
+def test_captions_of_a_damaged_shard_are_told_as_such(tmp_path, capsys):
+    cache = built(tmp_path, ["a", "b"])
+    [shard] = cache.store.folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert "(2 of a damaged shard, 1 new)" in told(tmp_path, ["a", "b", "c"], capsys)
+
+
+def test_other_peoples_files_in_the_folder_do_not_disturb(tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    for name in ("readme.txt", f"{'0' * 40}.safetensors", f"{'1' * 40}.safetensors"):
+        (tmp_path / "notes" / name).write_bytes(b"" if name[0] == "0" else b"\x02\0\0\0\0\0\0\0[]" + bytes(50))
+    assert "(1 new)" in told(tmp_path, ["a"], capsys)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_workers_make_the_same_cache_in_the_same_order(tmp_path):
     jobs = [job(photo(tmp_path / f"{seed}.jpg", seed, (100 + 60 * (seed % 3), 90))) for seed in range(12)]
     for workers in (1, 5):
         PixelCache(tmp_path / f"{workers}").build(jobs, workers)
-    names = [sorted(os.listdir(tmp_path / f"{workers}")) for workers in (1, 5)]
+    names = [sorted(path.name for path in (tmp_path / f"{workers}").glob("*.safetensors")) for workers in (1, 5)]
     assert names[0] == names[1] and len(names[0]) == 1
 
 
@@ -165,6 +166,117 @@ def test_decoding_is_parallel_and_the_images_in_memory_are_bounded(tmp_path, mon
 
     monkeypatch.setattr(pixels_module, "load", decode)
     monkeypatch.setattr(Writer, "add", write)
-    jobs = [PixelJob(Path(f"{number}.jpg"), f"{number:064x}", SIZE, "stepwise") for number in range(60)]
+    for number in range(60):
+        (tmp_path / f"{number}.jpg").write_bytes(bytes([number]))
+    jobs = [job(tmp_path / f"{number}.jpg") for number in range(60)]
     PixelCache(tmp_path / "cache").build(jobs, workers)
     assert len(written) == 60 and max(waiting) <= 4 * workers
+
+
+# --- What the log says, and what it rests on
+
+
+def told(cache: PixelCache, jobs: list[PixelJob], capsys) -> str:
+    capsys.readouterr()
+    cache.build(jobs, name="dogs")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dogs: ")]
+    return line.removeprefix("dogs: ")
+
+
+def damage_the_only_shard(folder: Path) -> None:
+    [shard] = folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1])
+
+
+def test_the_log_counts_what_was_reused_and_why_the_rest_was_made(tmp_path, capsys):
+    folder = tmp_path / "cache"
+    paths = [photo(tmp_path / f"{seed}.png", seed) for seed in range(4)]
+    first = [job(path) for path in paths]
+    assert told(PixelCache(folder), first, capsys) == "0 images cached before, 4 to decode: 4 new"
+    assert told(PixelCache(folder), first, capsys) == "4 images cached before, 0 to decode"
+    photo(paths[0], 10)
+    photo(tmp_path / "more.png", 11)
+    changed = [*map(job, paths), job(tmp_path / "more.png"), job(paths[1], Size(20, 15)), job(paths[2], method="single")]
+    assert told(PixelCache(folder), changed, capsys) == (
+        "3 images cached before, 4 to decode: 1 edited, 1 new, 1 at another size, 1 by another downsample_method"
+    )
+    assert told(PixelCache(folder), changed, capsys) == "7 images cached before, 0 to decode"
+
+
+@pytest.mark.parametrize("position", [-1, 20], ids=["in the data", "in the header"])
+def test_a_damaged_shard_is_named_told_as_the_reason_and_made_again(tmp_path, capsys, position):
+    folder = tmp_path / "cache"
+    jobs = [job(photo(tmp_path / f"{seed}.png", seed)) for seed in range(3)]
+    PixelCache(folder).build(jobs)
+    [shard] = folder.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[position] ^= 0xFF
+    shard.write_bytes(content)
+    jobs.append(job(photo(tmp_path / "new.png", 9)))
+    capsys.readouterr()
+    cache = PixelCache(folder)
+    cache.build(jobs)
+    text = capsys.readouterr().out
+    assert "0 images cached before, 4 to decode: 3 of a damaged shard, 1 new" in text and shard.name in text
+    for one in jobs:
+        np.testing.assert_array_equal(read(cache, one), load(one.path, one.size))
+    assert told(PixelCache(folder), jobs, capsys) == "4 images cached before, 0 to decode"
+
+
+def test_a_shard_that_someone_deleted_is_told_as_the_reason(tmp_path, capsys):
+    jobs = [job(photo(tmp_path / "a.png"))]
+    PixelCache(tmp_path / "cache").build(jobs)
+    next((tmp_path / "cache").glob("*.safetensors")).unlink()
+    assert told(PixelCache(tmp_path / "cache"), jobs, capsys).endswith("1 to decode: 1 whose shard is gone")
+
+
+def test_images_that_cannot_be_read_are_counted_apart(tmp_path, capsys):
+    cut, good = photo(tmp_path / "cut.jpg"), photo(tmp_path / "good.jpg", 2)
+    cut.write_bytes(cut.read_bytes()[:-900])
+    jobs = [job(cut), job(good)]
+    PixelCache(tmp_path / "cache").build(jobs)
+    assert told(PixelCache(tmp_path / "cache"), jobs, capsys) == (
+        "1 images cached before, 0 to decode; 1 known not to be readable"
+    )
+
+
+@pytest.mark.parametrize("broken", [b"", b"{", b"[]", b'{"pillow": 1}', b"\xff\xfe", b"[" * 100_000])
+def test_notes_that_a_bad_disk_broke_cost_nothing_but_their_words(tmp_path, decoded, broken):
+    folder = tmp_path / "cache"
+    cut, good = photo(tmp_path / "cut.jpg"), photo(tmp_path / "good.jpg", 2)
+    cut.write_bytes(cut.read_bytes()[:-900])
+    jobs = [job(cut), job(good)]
+    first = PixelCache(folder).build(jobs)
+    for name in ("failures.json", "made.jsonl"):
+        (folder / name).write_bytes(broken)
+    damage_the_only_shard(folder)
+    assert PixelCache(folder).build(jobs) == first and len(decoded) == 4
+    assert PixelCache(folder).build(jobs) == first and len(decoded) == 4
+
+
+@pytest.mark.parametrize("edited", ["whole", "cut short"])
+def test_a_file_that_is_edited_after_it_was_found_is_not_cached_as_what_it_was(tmp_path, monkeypatch, edited):
+    path = photo(tmp_path / "a.jpg")
+    one, before = job(path), path.read_bytes()
+
+    def edit_and_load(*arguments: object) -> np.ndarray:
+        photo(path, seed=5)
+        if edited == "cut short":
+            path.write_bytes(path.read_bytes()[:-900])
+        return load(*arguments)
+
+    monkeypatch.setattr(pixels_module, "load", edit_and_load)
+    failures = PixelCache(tmp_path / "cache").build([one])
+    assert "was changed" in failures[path]
+    monkeypatch.undo()
+    path.write_bytes(before)
+    cache = PixelCache(tmp_path / "cache")
+    assert cache.build([one]) == {}, "nothing was remembered against the content that was found"
+    np.testing.assert_array_equal(read(cache, one), load(path, SIZE))
+
+
+def test_paths_of_any_name_are_noted(tmp_path, capsys):
+    path = photo(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \n\".png")))
+    assert PixelCache(tmp_path / "cache").build([job(path)]) == {}
+    photo(path, 7)
+    assert re.search("1 edited$", told(PixelCache(tmp_path / "cache"), [job(path)], capsys))

@@ -1,5 +1,6 @@
 """Records come back bit for bit; what a crash, a bad disk or another recipe left is never read."""
 
+import fcntl
 import gc
 import json
 import os
@@ -167,6 +168,61 @@ def test_a_damaged_shard_stays_until_its_records_were_made_again(tmp_path):
     with pytest.raises(RuntimeError), ShardStore(tmp_path, RECIPE).writer():
         raise RuntimeError
     assert ShardStore(tmp_path, RECIPE).damaged == (bad,)
+
+
+def test_a_shard_that_another_run_made_again_is_not_deleted_for_having_been_damaged(tmp_path):
+    filled(tmp_path, range(3))
+    [bad] = shards(tmp_path)
+    os.truncate(bad, bad.stat().st_size - 1)
+    one, two = ShardStore(tmp_path, RECIPE), ShardStore(tmp_path, RECIPE)
+    with one.writer() as writer:
+        for number in range(3):
+            writer.add(key(number), record(number))
+    with two.writer() as writer:  # it needs something else, and deletes what it found damaged
+        writer.add(key(7), record(7))
+    assert bad.exists()
+    np.testing.assert_array_equal(read(one, 1), record(1))
+    again = ShardStore(tmp_path, RECIPE)
+    assert again.damaged == () and len(again) == 4
+
+
+def test_no_damaged_shard_is_deleted_while_another_run_publishes(tmp_path):
+    filled(tmp_path, range(3))
+    [bad] = shards(tmp_path)
+    os.truncate(bad, 100)
+    store = ShardStore(tmp_path, RECIPE)
+    with store_module._locked(tmp_path, fcntl.LOCK_SH) as locked:
+        assert locked
+        store.drop_damaged()
+        assert bad.exists()
+    store = ShardStore(tmp_path, RECIPE)
+    store.drop_damaged()
+    assert not bad.exists() and ShardStore(tmp_path, RECIPE).damaged == ()
+
+
+def test_a_damaged_shard_that_another_run_deletes_meanwhile_is_not_missed(tmp_path, monkeypatch):
+    filled(tmp_path, range(3))
+    [bad] = shards(tmp_path)
+    os.truncate(bad, 100)
+    checksum = store_module._checksum
+
+    def delete_first(path: Path) -> str:
+        path.unlink()
+        return checksum(path)
+
+    monkeypatch.setattr(store_module, "_checksum", delete_first)
+    store = ShardStore(tmp_path, RECIPE)
+    assert store.damaged == () and len(store) == 0
+
+
+def test_the_keys_of_a_damaged_shard_are_known_as_far_as_its_header_is_whole(tmp_path):
+    filled(tmp_path, range(3))
+    [shard] = shards(tmp_path)
+    whole = shard.read_bytes()
+    for damage, count in {"a cut end": 3, "a cut to nothing": 0, "a wrong header length": 0}.items():
+        shard.write_bytes(whole)
+        DAMAGE[damage](shard)
+        assert len(ShardStore(tmp_path, RECIPE).damaged_keys()) == count
 
 
 @pytest.mark.parametrize("change", ["recipe", "format"])

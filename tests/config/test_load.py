@@ -65,6 +65,19 @@ def test_a_switch_alone_is_on_and_leaves_the_next_flag_alone():
     assert config.run.dry_run and config.training.seed == 7
 
 
+@pytest.mark.parametrize("words, check", [
+    (["--check"], "table"), (["--check", "--strict"], "table"), (["--check", "json", "--strict"], "json"),
+    (["--check=json"], "json"), ([], "none"),
+])
+def test_a_check_alone_is_one_as_a_table(words, check):
+    assert load([LORA, *words]).config.run.check == check
+
+
+def test_a_check_of_another_kind_is_refused():
+    with pytest.raises(ConfigError, match="found 'csv', needs one of none, table, json"):
+        load([LORA, "--check", "csv"])
+
+
 @pytest.mark.parametrize("flags", [["--lr_end=4e-6"], ["--lr_end", "4e-6"], ["--lr_end=1", "--lr_end=4e-6"]])
 def test_both_ways_to_write_a_flag_and_the_last_one_wins(flags):
     assert load([LORA, *flags]).config.optimizer.lr_end == 4e-6

@@ -10,7 +10,7 @@ import pytest
 from helpers.config.backends import AspectBucket, ImageBackend
 from helpers.data.dataset import Dataset, plan_dataset, plan_images, rules_for
 from helpers.data.sampler import Sampler
-from helpers.data.scan import LeftOut, Record, Scan
+from helpers.data.scan import DatasetError, LeftOut, Record, Scan
 from helpers.images.geometry import Rules, plans
 from helpers.sizes import Size
 
@@ -91,6 +91,17 @@ def test_files_that_fail_to_decode_leave_the_dataset_before_an_epoch_is_planned(
     assert [choices[0].source.width for choices in rest.plans] == [200, 202]
     assert rest.left_out == (LeftOut(Path("/images/b.jpg"), "is damaged"),)
     assert len(planned.records) == 3 and planned.without({}) == planned
+
+
+def test_a_dataset_without_images_left_says_why_by_several_examples():
+    reasons = ["is empty", "is empty", "is damaged: a", "is damaged: b", "is damaged: c"]
+    lost = tuple(LeftOut(Path(f"/images/{number}.jpg"), reason) for number, reason in enumerate(reasons))
+    with pytest.raises(DatasetError) as caught:
+        dataset(SQUARE, left_out=lost).require_images()
+    said = str(caught.value)
+    for words in ("'set'", "none of its 5 files", "0.jpg: is empty", "2.jpg: is damaged: a", "3.jpg: is damaged: b"):
+        assert words in said
+    assert "1.jpg" not in said and "damaged: c" not in said
 
 
 def test_captions_are_listed_once_each():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from helpers.data.dataset import Dataset, plan_images
-from helpers.data.sampler import BatchPlan, Position, Sampler, Use
+from helpers.data.sampler import BatchPlan, Dealt, Position, Sampler, Use
 from helpers.data.scan import DatasetError, LeftOut, Record, Scan
 from helpers.images.geometry import Rules
 from helpers.sizes import Size
@@ -90,6 +90,30 @@ def test_the_position_after_an_epoch_is_the_start_of_the_next():
     assert [position for position, _ in islice(of.batches(), 4)] == [(0, 1), (0, 2), (1, 0), (1, 1)]
     after_all = list(islice(of.batches(Position(0, 3)), 2))
     assert after_all == list(islice(of.batches(Position(1, 0)), 2))
+
+
+@ALL_RULES
+@pytest.mark.parametrize("dealt", [[(4, 3)], [(1, 20), (8, 2)], [(3, 5), (5, 2), (3, 1)]])
+def test_an_epoch_that_goes_on_in_batches_of_another_size_sees_each_image_just_as_often(rules, dealt):
+    data, parts = (dataset(rules=rules, repeats=1), dataset(30, rules, "other")), []
+    of = sampler(*data, batch_size=dealt[0][0])
+    for number, (size, batches) in enumerate(dealt):
+        of = Sampler(data, size, 42, 0.1, {2: [Dealt(*part) for part in dealt[:number]]})
+        parts += epoch(of, 2)[:batches]
+        assert all(len(batch.uses) <= size for batch in parts[-batches:])
+    last = Sampler(data, 6, 42, 0.1, {2: [Dealt(*part) for part in dealt]})
+    whole, rest = epoch(sampler(*data, batch_size=6), 2), epoch(last, 2)
+    assert by_image(parts + rest) == by_image(whole), "with the same crops and captions, too"
+    assert epoch(last, 3) == epoch(sampler(*data, batch_size=6), 3)
+    assert list(islice(last.batches(Position(2, 2)), 50)) == list(islice(last.batches(Position(2, 0)), 52))[2:]
+
+
+def test_an_epoch_goes_on_where_one_dataset_is_used_up():
+    few, many = dataset(1, SQUARE, "few"), dataset(40, SQUARE, "many")
+    seen = epoch(sampler(few, many))
+    until = 1 + next(number for number, batch in enumerate(seen) if batch.dataset_id == "few")
+    rest = epoch(Sampler((few, many), 3, 42, 0.1, {0: [Dealt(4, until)]}))
+    assert {batch.dataset_id for batch in rest} == {"many"} and len(uses(seen[:until] + rest)) == 41
 
 
 def test_a_position_that_the_epoch_does_not_have_is_an_error():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from helpers.data import scan as module
 from helpers.data.scan import Captions, DatasetError, LeftOut, Scan, scan, write_left_out
+from helpers.files import printable
 from helpers.sizes import Size
 
 BY_NAME = Captions("filename")
@@ -123,7 +124,7 @@ def test_any_name_is_found_remembered_and_reported(
     assert len(opened) == 1
     write_left_out(tmp_path / "left_out.json", {"odd": [LeftOut(path, "a test")]})
     report = json.loads((tmp_path / "left_out.json").read_text(encoding="utf-8"))
-    assert report == {"odd": [{"path": str(path), "reason": "a test"}]}
+    assert report == {"odd": [{"path": printable(path), "reason": "a test"}]}
 
 
 def test_names_that_are_not_utf8_work_with_text_files_and_are_reported_readably(
@@ -276,14 +277,25 @@ def test_a_second_scan_opens_no_image_and_finds_the_same(folder: Path, index: Pa
         picture(folder / f"image_{number}.png", (20 + number, 20))
     (folder / "bad.jpg").write_text("<html>")
     first = scan("images", folder, index, BY_NAME)
-    assert len(opened) == 6
-    for path in folder.iterdir():
-        found = path.stat()
-        path.write_bytes(bytes(found.st_size))
-        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
     before = index.read_bytes()
     assert scan("images", folder, index, BY_NAME) == first
     assert len(opened) == 6 and index.read_bytes() == before
+
+
+def test_an_image_that_is_edited_in_place_is_opened_again_even_if_size_and_time_are_kept(
+    folder: Path, index: Path, opened: list
+) -> None:
+    one, other = picture(folder / "a.png"), picture(folder / "b.png", colour="blue")
+    for path in (one, other):
+        path.write_bytes(path.read_bytes().ljust(1000, b"."))
+    (before, _) = scan("images", folder, index, BY_NAME).records
+    found = one.stat()
+    one.write_bytes(other.read_bytes())
+    os.utime(one, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert (one.stat().st_size, one.stat().st_mtime_ns) == (found.st_size, found.st_mtime_ns)
+    opened.clear()
+    (after, _) = scan("images", folder, index, BY_NAME).records
+    assert opened == ["a.png"] and after.content != before.content
 
 
 def test_only_what_changed_is_opened_again(folder: Path, index: Path, opened: list) -> None:
@@ -324,7 +336,8 @@ def test_an_index_that_was_cut_short_loses_only_its_last_entry(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"garbage\n", b"\xff\xfe\n", b'{"index": 0}\n{"path": "a.png", "entry": []}\n', b"3\n"]
+    "content",
+    [b"", b"garbage\n", b"\xff\xfe\n", b'{"index": 0}\n{"path": "a.png", "entry": []}\n', b"3\n", b"[" * 99_999],
 )
 def test_an_index_that_is_not_ours_is_made_anew(folder: Path, index: Path, content: bytes) -> None:
     picture(folder / "a.png")
@@ -332,6 +345,17 @@ def test_an_index_that_is_not_ours_is_made_anew(folder: Path, index: Path, conte
     index.write_bytes(content)
     assert len(scan("images", folder, index, BY_NAME).records) == 1
     assert len(index.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}", b'{"path": "a.png"}', b'{"path": "a.png", "entry": [1, 2]}', b'{"path": 7, "entry": null}', b"\0\0"]
+)
+def test_lines_of_an_index_that_make_no_sense_are_skipped(folder: Path, index: Path, opened: list, line: bytes) -> None:
+    picture(folder / "a.png")
+    first = scan("images", folder, index, BY_NAME)
+    header = index.read_bytes().splitlines()[0]
+    index.write_bytes(header + b"\n" + line + b"\n")
+    assert scan("images", folder, index, BY_NAME) == first and len(opened) == 2
 
 
 def test_an_interrupted_scan_goes_on_where_it_stopped(

@@ -156,7 +156,7 @@ def test_pickled_weights_are_never_loaded(model):
     weights = model / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), model / "unet" / "diffusion_pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(OSError):
+    with pytest.raises(WeightsError, match="cannot be loaded"):
         loading.load(SPEC, model, torch.float32)
 
 

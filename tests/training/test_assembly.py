@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from helpers.config.load import as_json, load
-from helpers.training.assembly import ending, identity_of, precision_of, with_usable_attention
+from helpers.data.sampler import Dealt
+from helpers.training.assembly import IDENTITY, Since, ending, precision_of, since, with_usable_attention
 
 
 def options(**values: object):
@@ -36,7 +37,7 @@ def test_precision_says_what_is_kept_in_which_dtype(values, frozen, trained, aut
     ],
 )
 def test_a_run_ends_by_steps_or_epochs_whichever_comes_first(values, steps, by):
-    assert ending(options(**values).training, batches_in_epoch=7) == (steps, tuple(by))
+    assert ending(options(**values).training, lambda epoch: 7) == (steps, tuple(by))
 
 
 @pytest.mark.parametrize("ops, reason", [
@@ -67,7 +68,46 @@ def test_without_a_wish_for_xformers_nothing_is_said(capsys):
 
 @pytest.mark.parametrize("flag, same", [("--revision=v2", False), ("--variant=fp16", False), ("--dry_run", True)])
 def test_a_checkpoint_belongs_to_the_weights_that_it_began_with(flag, same):
-    plain, other = (
-        identity_of(as_json(load(["--model_type=deepfloyd-lora", *words]))["options"]) for words in ([], [flag])
-    )
-    assert (plain == other) == same
+    plain, other = (as_json(load(["--model_type=deepfloyd-lora", *words]))["options"] for words in ([], [flag]))
+    assert all(plain[name] == other[name] for name in IDENTITY) == same
+
+
+def saved(batch_size: int, accumulation: int, step: int, position: tuple[int, int], since: Since = Since()) -> dict:
+    was = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    return {"options": was, "since": since.state(), "run": {"step": step, "position": position}}
+
+
+def test_a_run_that_keeps_its_batches_keeps_its_count_of_them():
+    before = Since(30, 2, 1, (Dealt(4, 7),))
+    same = options(train_batch_size=3, gradient_accumulation_steps=2).training
+    assert since(saved(3, 2, 50, (4, 1)), same) == Since()
+    assert since(saved(3, 2, 50, (4, 1), before), same) == before
+
+
+def test_another_batch_size_deals_what_is_left_of_the_epoch():
+    training = options(train_batch_size=5).training
+    assert since(saved(3, 1, 50, (4, 1)), training) == Since(50, 4, 0, (Dealt(3, 1),))
+    assert since(saved(3, 1, 50, (4, 0)), training) == Since(50, 4, 0)
+    again = since(saved(3, 1, 50, (4, 6), Since(44, 4, 0, (Dealt(2, 9),))), training)
+    assert again == Since(50, 4, 0, (Dealt(2, 9), Dealt(3, 6)))
+    assert since(saved(3, 1, 50, (5, 6), Since(44, 4, 0, (Dealt(2, 9),))), training) == Since(50, 5, 0, (Dealt(3, 6),))
+
+
+def test_another_accumulation_goes_on_at_the_same_batch():
+    before = Since(44, 4, 0, (Dealt(2, 9),))
+    training = options(train_batch_size=3, gradient_accumulation_steps=4).training
+    assert since(saved(3, 1, 50, (4, 6), before), training) == Since(50, 4, 6, before.dealt)
+
+
+@pytest.mark.parametrize("begun, accumulation, steps", [
+    (Since(), 1, 30),
+    (Since(10, 1, 0), 1, 30),  # one of three epochs of 10 is done
+    (Since(10, 1, 0), 2, 20),
+    (Since(14, 1, 4), 4, 18),  # 16 batches are left
+    (Since(14, 1, 0, (Dealt(8, 4),)), 1, 14 + 6 + 10),  # 6 batches are left of the second epoch
+    (Since(70, 6, 0), 1, 70),
+])
+def test_as_many_epochs_as_asked_for_whatever_the_batches_were_before(begun, accumulation, steps):
+    training = options(num_train_epochs=3, gradient_accumulation_steps=accumulation).training
+    batches = {begun.epoch: 6} if begun.dealt else {}
+    assert ending(training, lambda epoch: batches.get(epoch, 10), begun) == (steps, ("num_train_epochs",))

@@ -1,17 +1,22 @@
+import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.config.load import load
 from helpers.data.collate import Batch
-from helpers.data.sampler import Position
+from helpers.data.sampler import Position, Use
+from helpers.data.scan import Record
 from helpers.models.adapters import trainable_parameters
 from helpers.models.families import SPECS
+from helpers.sizes import Size
 from helpers.training import adamw_bf16, assembly, rounding
 from helpers.training.loop import Every, NonFiniteLoss, Run, require_finite, train
-from helpers.training.step import training_loss
+from helpers.training.step import StepLoss, training_loss
+from tests.test_trainer import assert_equal
 
 
 @pytest.fixture
@@ -43,9 +48,17 @@ def batches(count: int | None = None):
 
 def stop_at(step: int) -> Callable[[Run], None]:
     def stop(run: Run) -> None:
-        run.stop_signal = 2 if run.step == step else None
+        run.requests.stop = 2 if run.step == step else None
 
     return stop
+
+
+def differ(left: object, right: object) -> bool:
+    try:
+        assert_equal(left, right)
+    except AssertionError:
+        return True
+    return False
 
 
 def gradient_norms(run: Run) -> list[float]:
@@ -76,7 +89,7 @@ def test_accumulated_gradients_are_the_mean_over_the_batches(make_run):
     norms = gradient_norms(run)
     train(run, batches())
     reference = make_run(1)
-    losses = [training_loss(reference.parts, reference.unet, batch, reference.generator) for _, batch in batches(3)]
+    losses = [training_loss(reference.parts, reference.unet, batch, reference.generator).loss for _, batch in batches(3)]
     torch.stack(losses).mean().backward()
     gradients = [p.grad.flatten() for p in reference.unet.parameters() if p.grad is not None]
     assert norms == pytest.approx([torch.cat(gradients).norm().item()], rel=1e-4)
@@ -174,6 +187,74 @@ def test_gradients_that_are_nan_end_a_run(make_run, monkeypatch, options):
         require_finite(run)
 
 
+def spoilt(numbers: set[int]):
+    """The same batches, of images that have names; in those of these numbers the second caption's embedding is NaN."""
+    size = Size(64, 64)
+    for position, batch in batches():
+        if position.batch in numbers:
+            batch.prompt_embeds[1, 3, 5] = torch.nan
+        records = [Record("set", Path(f"/images/{position.batch}{letter}.png"), letter, size, ()) for letter in "ab"]
+        uses = [Use(record, None, (0, 0, 64, 64), f"caption of {record.path.name}", False) for record in records]
+        yield position, Batch(batch.images, batch.prompt_embeds, tuple(uses))
+
+
+def snapshot(run: Run) -> dict[str, object]:
+    return {"weights": [p.detach().clone() for p in trainable_parameters(run.unet)], **copy.deepcopy(run.state())}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_ema": True}, {"mixed_precision": "bf16", "pure_bf16": True}, {"max_grad_norm": 0},
+     {"gradient_accumulation_steps": 2}],
+    ids=["average", "pure bf16", "not clipped", "accumulation"],
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_names_what_it_came_from(make_run, capfd, options):
+    run, seen = make_run(3, learning_rate=1e-2, lr_scheduler="constant", **options), []
+    bad = 2 * run.accelerator.gradient_accumulation_steps  # the last batch of the second step
+    train(run, spoilt({bad}), [lambda run: seen.append(snapshot(run))])
+    first, second, third = seen
+    for kept in ("weights", "optimizer", "ema", "torch_rng"):
+        assert_equal(first[kept], second[kept])
+        assert kept == "torch_rng" or first[kept] is None or differ(second[kept], third[kept])
+    assert [state["skipped_in_a_row"] for state in seen] == [0, 1, 0]
+    assert (second["step"], third["position"]) == (2, (0, bad // 2 * 3))
+    said = capfd.readouterr().err
+    assert "Step 2 is skipped, 1 in a row: the loss is nan (computed in torch." in said
+    assert f"/images/{bad}b.png, timestep " in said
+    assert f"'caption of {bad}b.png', whose embedding is not finite" in said
+    assert f"'caption of {bad}a.png'\n" in said and f"/images/{bad - 1}" not in said
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_is_skipped_too(make_run, capfd, value):
+    run, seen = make_run(2, lr_scheduler="constant"), []
+    [parameter, *_] = trainable_parameters(run.unet)
+    spoil = parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), value))
+    train(run, spoilt(set()), [lambda run: spoil.remove(), lambda run: seen.append(snapshot(run))])
+    fresh = snapshot(make_run(2))
+    assert_equal(seen[0]["weights"], fresh["weights"])
+    assert differ(seen[1]["weights"], fresh["weights"])
+    said = capfd.readouterr().err
+    assert "but the gradient's norm is" in said and "/images/1a.png" in said
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_more_skipped_steps_in_a_row_than_allowed_end_the_run_also_where_it_was_resumed_between(make_run, limit):
+    bad = {2, 4, 5, 6, 7}
+    run, steps = make_run(20, max_nonfinite_steps=limit), []
+    with pytest.raises(NonFiniteLoss, match=r"(?s)Step \d: the loss is nan.*MAX_NONFINITE_STEPS.*intact"):
+        train(run, spoilt(bad), [lambda run: steps.append(run.step)])
+    last = {0: 1, 2: 5}[limit]
+    assert steps[-1] == last
+    if limit:
+        stopped, resumed = make_run(20, max_nonfinite_steps=limit), make_run(20, max_nonfinite_steps=limit)
+        train(stopped, spoilt(bad), [stop_at(4)])
+        resumed.restore(stopped.state())
+        with pytest.raises(NonFiniteLoss):
+            train(resumed, itertools.islice(spoilt(bad), 4, None), [lambda run: steps.append(run.step)])
+        assert steps[-1] == last
+
+
 @pytest.mark.parametrize("mixed, pure", [("bf16", False), ("bf16", True)])
 def test_noise_of_low_timesteps_survives_bf16_training(make_run, mixed, pure):
     """What the UNet is fed at t = 0 differs from the image by more than its rounding."""
@@ -193,7 +274,7 @@ def test_noise_of_low_timesteps_survives_bf16_training(make_run, mixed, pure):
     assert found
 
 
-def _autocast_loss(run: Run, batch: Batch) -> torch.Tensor:
+def _autocast_loss(run: Run, batch: Batch) -> StepLoss:
     with run.accelerator.autocast():
         return training_loss(run.parts, run.unet, batch, run.generator)
 
@@ -204,7 +285,7 @@ def test_loss_options_reach_the_step(make_run):
 
     def loss(**options: object) -> float:
         run = make_run(1, **options)
-        return training_loss(run.parts, run.unet, batch, run.generator).item()
+        return training_loss(run.parts, run.unet, batch, run.generator).loss.item()
 
     plain = loss()
     assert loss() == plain

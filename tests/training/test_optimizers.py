@@ -10,7 +10,7 @@ from helpers.config.options import OptimizerOptions
 from helpers.training import checkpoints, rounding
 from helpers.training.adamw_bf16 import AdamWBf16
 from helpers.training.memory import Ledger
-from helpers.training.optimizers import OPTIMIZERS, AdamSettings
+from helpers.training.optimizers import OPTIMIZERS, AdamSettings, restore_state
 
 STEPS = 1000
 LOSING = [name for name, facts in FACTS.items() if facts.lost_in_bf16]
@@ -142,11 +142,32 @@ def test_each_optimizer_goes_on_from_a_checkpoint_bit_for_bit(tmp_path, name, dt
 
     saved = checkpoints.load_state(folder)
     again = OPTIMIZERS[name](resumed, 1e-3, settings)
-    again.load_state_dict(saved["optimizer"])
+    restore_state(again, saved["optimizer"])
     torch.set_rng_state(saved["rng"])
     steps(name, resumed, again, range(3, 6))
     assert all(torch.equal(left, right) for left, right in zip(weights, resumed))
     assert all((left != right).any() for left, right in zip(weights, start))
+
+
+SHRINKING = [pair for pair in PAIRINGS if pair[0] != "prodigy"]  # whose first steps are too small to show a decay
+
+
+@pytest.mark.parametrize(
+    "name, dtype", [pytest.param(*pair, marks=without_torchao) if "ao" in pair[0] else pair for pair in SHRINKING]
+)
+def test_each_optimizer_goes_on_with_another_weight_decay_than_it_was_saved_with(name, dtype):
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(64, 128).to(dtype))]
+    optimizer = OPTIMIZERS[name](weights, 1e-3, AdamSettings(0.9, 0.99, 1e-8, 0.0))
+    steps(name, weights, optimizer, range(3))
+    start, sizes = weights[0].detach().clone(), []
+    for decay in (0.0, 100.0):
+        resumed = [torch.nn.Parameter(start.clone())]
+        again = OPTIMIZERS[name](resumed, 1e-3, AdamSettings(0.9, 0.99, 1e-8, decay))
+        restore_state(again, optimizer.state_dict())
+        steps(name, resumed, again, range(3, 40))
+        sizes.append(resumed[0].detach().float().abs().mean().item())
+    assert sizes[1] < 0.95 * sizes[0]
 
 
 @pytest.mark.parametrize("name", named([name for name in OPTIMIZERS if name not in LOSING]))

@@ -1,0 +1,111 @@
+"""What is asked of a run from outside while it goes, and how it goes on afterwards. Without torch, to be heard early.
+
+The first SIGINT or SIGTERM, or a file `stop` in the output folder, ends the run in good order: after the step in
+progress, saved. The second one ends it at once. SIGUSR1 asks for a checkpoint after the step.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+STOP_FILE = "stop"
+
+COMMAND_MARK = "FLOYDTUNER_COMMAND"
+"""Set by train.sh to the command that its user typed."""
+
+LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"
+"""Set by `accelerate launch`, which hands no signal on to the process that it starts."""
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop before there was anything to save; `number` is the signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Requests:
+    """What was asked of a run.
+
+    Attributes:
+        stop: the signal that asked to end it; SIGTERM where that was a file or the launcher's end. None: go on.
+        save: whether a checkpoint was asked for, besides those that are due.
+    """
+
+    def __init__(self) -> None:
+        self.stop: int | None = None
+        self.save = False
+        self._deferring = False
+        self._parent = os.getppid()
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Within it signals are answered. One that asks to stop raises Interrupted, unless `deferred`."""
+        answers = {number: self._on_stop for number in _STOPPING} | {signal.SIGUSR1: self._on_save}
+        before = {number: signal.signal(number, answer) for number, answer in answers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it a signal is noted, for the loop to look at after its step: nothing in progress is broken off."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def look(self, output: Path) -> None:
+        """Ask to stop where there is a file `stop` in the output folder, which is removed, or the launcher is gone."""
+        if self.stop is not None:
+            return
+        if (output / STOP_FILE).is_file():
+            self._ask_to_stop(signal.SIGTERM)
+            try:
+                (output / STOP_FILE).unlink(missing_ok=True)
+            except OSError as error:
+                _say(f"{output / STOP_FILE} cannot be removed ({error.strerror}): do that before going on.")
+        elif LAUNCHER_MARK in os.environ and os.getppid() != self._parent:
+            self._ask_to_stop(signal.SIGTERM)
+
+    def _on_stop(self, number: int, frame: object) -> None:
+        self._ask_to_stop(number)
+        if not self._deferring:
+            raise Interrupted(number)
+
+    def _on_save(self, number: int, frame: object) -> None:
+        self.save = True
+        _say("SIGUSR1: a checkpoint will be saved after this step." if self._deferring
+             else "SIGUSR1: a checkpoint will be saved after the first step.")
+
+    def _ask_to_stop(self, number: int) -> None:
+        self.stop = number
+        for each in _STOPPING:
+            signal.signal(each, signal.SIG_DFL)
+        first = "saving after this step" if self._deferring else "ending, with what is cached so far"
+        _say(f"Interrupted: {first}. Once more ends it at once, unsaved.")
+
+
+def resume_command(output: Path) -> str:
+    """What was typed, with the output folder as it is now: an env file may compute it anew each time."""
+    typed = os.environ.get(COMMAND_MARK) or f"{shlex.quote(sys.executable)} {shlex.join(sys.argv)}"
+    to_go_on = f" --output_dir={shlex.quote(str(output))} --resume_from_checkpoint=latest"
+    return typed.removesuffix(to_go_on) + to_go_on  # it ends so already where the run was resumed before
+
+
+def _say(words: str) -> None:
+    """To stderr past Python's buffers: a handler may come in the middle of a print, which may not be entered twice."""
+    with suppress(OSError):  # a terminal that was closed is no reason to end unsaved
+        os.write(2, f"\n{words}\n".encode())

@@ -1,0 +1,121 @@
+"""A run that is killed at 100 moments, and started again each time, comes out as one that nobody touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from helpers.training import checkpoints
+from tests.test_trainer import ADAPTER, assert_equal
+
+ROOT = Path(__file__).parent.parent
+STEPS = 4
+FLAGS = {
+    "model_type": "deepfloyd-lora",
+    "lora_rank": 2,
+    "learning_rate": 1e-3,
+    "mixed_precision": "no",
+    "train_batch_size": 2,
+    "max_train_steps": STEPS,
+    "checkpointing_steps": 1,
+    "resolution": 32,
+    "caption_dropout_probability": 0.3,
+    "validation_prompt": "a cat",
+    "validation_resolution": 32,
+    "validation_steps": 2,
+    "validation_num_inference_steps": 1,
+    "validation_guidance": 1,
+    "report_to": "none",
+}
+# What is trained, in how many datasets, and how often it is killed.
+KINDS: dict[str, tuple[dict[str, object], int, int]] = {
+    "plain": ({}, 1, 40),
+    "accumulation, average, dropout": (
+        {"gradient_accumulation_steps": 2, "train_batch_size": 1, "use_ema": True, "lora_dropout": 0.2}, 1, 30
+    ),
+    "several datasets with repeats": ({"checkpointing_steps": 2}, 2, 30),
+}
+
+
+@pytest.fixture(scope="module")
+def smaller_model(tmp_path_factory, tiny_model) -> Path:
+    """The tiny model with half the blocks of its UNet, since it is loaded more than a hundred times."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("smaller") / "model")
+    config = dict(UNet2DConditionModel.load_config(folder / "unet"))
+    config |= {
+        name: config[name][:1] + config[name][-1:]
+        for name in ("block_out_channels", "down_block_types", "up_block_types")
+    }
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, smaller_model, photos) -> Iterator[Mapping[str, tuple[Path, subprocess.Popen]]]:
+    """The folder and the process of each kind; all at once, since each has one run at a time."""
+    running = {}
+    for seed, (kind, (flags, datasets, kills)) in enumerate(KINDS.items()):
+        folder = tmp_path_factory.mktemp("killed")
+        values = {**FLAGS, **flags, "pretrained_model_name_or_path": smaller_model,
+                  "data_backend_config": dataloader(folder, photos, datasets)}
+        words = {"flags": [f"--{name}={value}" for name, value in values.items()], "output": "output",
+                 "folder": str(folder / "runs"), "kills": kills, "seed": seed}
+        command = [sys.executable, "-m", "tests.killing", json.dumps(words)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe = subprocess.PIPE
+        running[kind] = folder, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    yield running
+    for _, process in running.values():
+        process.kill()
+        process.communicate()
+
+
+def dataloader(folder: Path, photos: Path, datasets: int) -> Path:
+    """`datasets` parts of the photos, each with a file of captions beside each image; the first one is repeated."""
+    images = sorted(path for path in photos.iterdir() if path.suffix != ".txt")[:6]
+    entries = []
+    for number in range(datasets):
+        own = folder / f"images-{number}"
+        own.mkdir()
+        for image in images[number::datasets]:
+            for path in (image, image.with_suffix(".txt")):
+                (own / path.name).write_bytes(path.read_bytes())
+        entries.append({
+            "id": f"photos-{number}", "instance_data_dir": str(own), "crop": True, "crop_aspect": "square",
+            "caption_strategy": "textfile", "repeats": 1 if datasets > 1 and number == 0 else 0,
+            "probability": 1 + number,
+        })
+    path = folder / "data.json"
+    path.write_text(json.dumps(entries), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_anywhere_and_started_again_it_ends_with_the_same_bits(killed, kind):
+    folder, process = killed[kind]
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    kills = Counter(json.loads(output))
+    assert kills.total() == KINDS[kind][2]
+    assert len(kills) >= 5, f"they met few parts of a run: {kills}"
+    whole = folder / "runs" / "whole" / "output"
+    outputs = [path / "output" for path in (folder / "runs").glob("killed-*")]
+    assert outputs
+    for other in outputs:
+        assert_equal(load_file(whole / ADAPTER), load_file(other / ADAPTER))
+        last = [path / f"checkpoint-{STEPS}" for path in (whole, other)]
+        assert_equal(*(load_file(path / ADAPTER) for path in last))
+        assert_equal(*(checkpoints.load_state(path)["run"] for path in last))
+        pictures = {path.relative_to(whole): path.read_bytes() for path in whole.rglob("*.png")}
+        assert pictures and all((other / name).read_bytes() == content for name, content in pictures.items())
+        assert not list(other.glob(".checkpoint-*")), "nothing half-written stays"
