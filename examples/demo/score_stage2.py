@@ -1,6 +1,6 @@
 """Score the demo's stage II: by how much does it beat bicubic upscaling, on pictures that it never saw?
 
-    python -m examples.demo.score_stage2 MODEL_FOLDER [--lora LORA_FOLDER] [--pictures 8]
+    python -m examples.demo.score_stage2 MODEL_FOLDER [--lora LORA_FOLDER] [--pictures 16]
 
 makes new pictures of the known things small, has IFSuperResolutionPipeline make them large again, and prints their PSNR.
 """
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score the demo's stage II against bicubic upscaling.")
     parser.add_argument("model", type=Path)
     parser.add_argument("--lora", type=Path)
-    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--pictures", type=int, default=16)
     parser.add_argument("--edge", type=int, default=64, help="of the large pictures, in pixels")
     parser.add_argument("--noise-level", type=int, default=250)
     parser.add_argument("--steps", type=int, default=25)

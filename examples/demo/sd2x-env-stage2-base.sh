@@ -10,7 +10,7 @@ export RESOLUTION=64
 export RESOLUTION_TYPE="pixel"
 export CAPTION_STRATEGY="textfile"
 export TRAIN_BATCH_SIZE=16
-export MAX_NUM_STEPS=2500
+export MAX_NUM_STEPS=4000
 
 # Offset noise hides the brightness of x_t, so that the model learns to take it from the low-resolution image.
 export NOISE_OFFSET=0.1

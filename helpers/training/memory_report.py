@@ -18,7 +18,7 @@ GB, MB = 1e9, 1e6
 SMALL_STATE = "adamw8bit"  # the smallest that steps as AdamW does
 
 TEXT_ENCODER = (
-    "  before that, for captions that are not cached yet, their encoder: T5-XXL takes about 10 GB"
+    "  before that, for captions that are not cached yet, their encoder: the published T5-XXL takes 10 GB"
     " (TEXT_ENCODER_DEVICE=cpu, --text_encoder_device, keeps it off the GPU)"
 )
 
