@@ -2,9 +2,9 @@
 
     python -m tests.killing '{"flags": [...], "output": ".../output", "folder": ".../chains", "kills": 30, "seed": 1}'
 
-`folder/whole` is a run that nobody killed; each other folder there is of one that was killed, and started again with the
-same flags, until it came to its end. Prints how many kills met which part of a run. Torch is imported once: each run is a
-fork of this process, which itself computes nothing, as threads do not live through a fork.
+`folder/whole` is a run that nobody killed; each `killed-N` there is of one that was killed, and started again with the
+same flags, until it came to its end. Prints how many kills met which part of a run. Torch is imported once: each run is
+a fork of this process, which itself computes nothing, as threads do not live through a fork.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def killed(tmp_path_factory, smaller_model, photos) -> Iterator[Mapping[str, tup
         command = [sys.executable, "-m", "tests.killing", json.dumps(words)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
-        running[kind] = folder, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+        running[kind] = folder, process
     yield running
     for _, process in running.values():
         process.kill()

@@ -695,7 +695,8 @@ def test_a_signal_at_any_moment_ends_the_run_in_good_order_and_it_goes_on_as_if_
     printed, said = capfd.readouterr()
     assert f" --output_dir={tmp_path / 'output'} --resume_from_checkpoint=latest" in said
     assert "Once more ends it at once" in said
-    assert [path.name for path in checkpoints.found(tmp_path / "output")] == ([] if step is None else [f"checkpoint-{step}"])
+    saved = [path.name for path in checkpoints.found(tmp_path / "output")]
+    assert saved == ([] if step is None else [f"checkpoint-{step}"])
     encoded = []
     with monkeypatch.context() as patched:
         encode = T5Encoder.__call__

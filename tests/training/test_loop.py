@@ -89,8 +89,8 @@ def test_accumulated_gradients_are_the_mean_over_the_batches(make_run):
     norms = gradient_norms(run)
     train(run, batches())
     reference = make_run(1)
-    losses = [training_loss(reference.parts, reference.unet, batch, reference.generator).loss for _, batch in batches(3)]
-    torch.stack(losses).mean().backward()
+    losses = (training_loss(reference.parts, reference.unet, batch, reference.generator) for _, batch in batches(3))
+    torch.stack([made.loss for made in losses]).mean().backward()
     gradients = [p.grad.flatten() for p in reference.unet.parameters() if p.grad is not None]
     assert norms == pytest.approx([torch.cat(gradients).norm().item()], rel=1e-4)
     assert (run.step, run.position) == (1, Position(0, 3))
