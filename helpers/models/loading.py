@@ -104,7 +104,8 @@ def unreachable(name: str, error: Exception) -> str:
     else:
         reason = f"cannot be reached: check the network; if it is gated, {login}."
     return (
-        f"{OPTION}: {name!r} is not a folder here, and on the Hugging Face hub it {reason} Or download the model elsewhere and name its folder instead:"
+        f"{OPTION}: {name!r} is not a folder here, and on the Hugging Face hub it {reason}"
+        " Or download the model elsewhere and name its folder instead:"
         f' export MODEL_NAME="/path/to/{name.rsplit("/")[-1]}".'
     )
 
