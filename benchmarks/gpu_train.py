@@ -195,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", nargs="+", default=["*"], metavar="NAME", help="the cases to measure; * is anything")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch", type=int, help="in place of the cases' own")
-    parser.add_argument("--full_size", action="store_true", default=torch.cuda.is_available())
+    full_size = argparse.BooleanOptionalAction
+    parser.add_argument("--full_size", action=full_size, default=torch.cuda.is_available(), help="or --no-full_size")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_train.json")
     options = parser.parse_args(arguments)

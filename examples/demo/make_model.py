@@ -91,12 +91,15 @@ def words() -> list[str]:
 
 def tokenizer(folder: Path) -> T5Tokenizer:
     """Train sentencepiece into `folder`; unknown words fall apart into letters."""
+    # As good as no normalization, of which some versions of tokenizers cannot read the empty table.
+    rules = folder / "rules.tsv"
+    rules.write_text("3000\t20\n", "utf-8")  # an ideographic space is a space
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=("x" + word for word in ENGLISH.split() * 9),
         model_prefix=str(folder / "spiece"),
         vocab_size=VOCABULARY,
         hard_vocab_limit=False,
-        normalization_rule_name="identity",
+        normalization_rule_tsv=str(rules),
         user_defined_symbols=words(),
         required_chars=string.ascii_letters + string.digits + string.punctuation,
         pad_id=0,
