@@ -2,9 +2,9 @@
 """Train a model by the options of OPTIONS.md.
 
 Exit codes: 0 when training finished; 2 when the options, the data or the weights cannot be used; 3 when loss or
-gradient stayed NaN or infinite; 4 when a disk or a quota is full, with what was saved before intact; 6 when `--check
---strict` found anything; 130 when SIGINT (Ctrl-C) ended the run, 143 when SIGTERM or a file `stop` in the output folder
-did.
+gradient stayed NaN or infinite; 4 when a disk or a quota is full, with what was saved before intact; 5 when one of
+several processes died or hung; 6 when `--check --strict` found anything; 129 when SIGHUP (a terminal that was closed)
+ended the run, 130 when SIGINT (Ctrl-C) did, 143 when SIGTERM or a file `stop` in the output folder did.
 What cannot be foreseen ends with a traceback and exit code 1.
 """
 
@@ -15,15 +15,19 @@ import os
 import sys
 from collections.abc import Sequence
 
+from helpers import console
 from helpers.config.backends import Backends
 from helpers.config.load import Resolved, describe, load_all
 from helpers.config.problems import ConfigError
 from helpers.files import DiskFull, telling_if_full
+from helpers.launch import LOST, rank_and_count
 from helpers.training.requests import Interrupted, Requests, resume_command
 
 # Read by transformers and diffusers as they are imported: they greet with warnings about packages not needed here.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+# bitsandbytes, as peft imports it, would fetch and run 4-bit kernels from the hub wherever this package is installed.
+sys.modules.setdefault("kernels", None)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on a CPU it warns, of its 4-bit products
 
 BAD_INPUT = 2
@@ -34,6 +38,9 @@ FINDINGS = 6
 
 def main(arguments: Sequence[str]) -> int:
     """Check the options, then hand over to the trainer; returns the exit code."""
+    if rank_and_count()[0]:  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")
+        os.environ["TQDM_DISABLE"] = "1"
     try:
         resolved, backends = load_all(arguments, os.environ)
     except ConfigError as error:
@@ -43,30 +50,36 @@ def main(arguments: Sequence[str]) -> int:
     requests = Requests()
     try:
         with requests.heard():
-            return _train(resolved, backends, requests)
+            return _run(resolved, backends, requests)
     except Interrupted as error:
         goes_on = resume_command(resolved.config.run.output_dir)
         print(f"\nWhat is cached and saved stays. To go on:\n  {goes_on}", file=sys.stderr)
         return 128 + error.number
 
 
-def _train(resolved: Resolved, backends: Backends, requests: Requests) -> int:
+def _run(resolved: Resolved, backends: Backends, requests: Requests) -> int:
     # Only now, since these imports take seconds, which a mistyped option need not wait for.
     from helpers import trainer
+    from helpers.check import check
+    from helpers.processes import PeerLost, TooFewGPUs, connected
+    from helpers.training.loop import NonFiniteLoss
 
     try:
-        with telling_if_full("what was to be written", resolved.config.run.output_dir):
-            if resolved.config.run.check != "none":
-                found = trainer.check(resolved, backends)
-                return FINDINGS if found and resolved.config.run.strict else 0
-            return trainer.train(resolved, backends, requests)
+        with telling_if_full("what was to be written", resolved.config.run.output_dir), connected() as processes:
+            if resolved.config.run.check == "none":
+                return trainer.train(resolved, backends, requests, processes)
+            found = check(resolved, backends, processes) if processes.is_first else 0
+            return FINDINGS if found and resolved.config.run.strict else 0
+    except PeerLost as error:
+        print(f"\nAnother process of this run ended ({error}).", file=sys.stderr)
+        return LOST
     except DiskFull as error:
         goes_on = resume_command(resolved.config.run.output_dir)
         print(f"\n{error}.\nWhat was saved before is intact. Make room, then go on:\n  {goes_on}", file=sys.stderr)
         return NO_ROOM
-    except trainer.REFUSALS as error:
+    except (*trainer.REFUSALS, TooFewGPUs) as error:
         return _refuse(error)
-    except trainer.NonFiniteLoss as error:
+    except NonFiniteLoss as error:
         print(f"\n{error}", file=sys.stderr)
         return BROKE_DOWN
 
@@ -77,6 +90,5 @@ def _refuse(error: Exception) -> int:
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # a path or a prompt may hold what the console's encoding lacks: no reason to end a run
-        sys.stdout.reconfigure(errors="backslashreplace")
+    console.outlast()
     sys.exit(main(sys.argv[1:]))

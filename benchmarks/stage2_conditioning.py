@@ -25,6 +25,7 @@ from examples.demo import score_stage2
 from helpers.config.env import flags_from_exports
 from helpers.data.collate import Batch
 from helpers.diffusion import timesteps
+from helpers.diffusion.draws import Draws
 from helpers.diffusion.noising import add_noise, gaussian
 from helpers.models.parts import Parts
 from helpers.training import loop
@@ -37,8 +38,8 @@ RESULT = ROOT / "benchmarks" / "results" / "stage2_conditioning.json"
 def x_t_twice(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> StepLoss:
     """The loss of a step that never shows the low-resolution image."""
     x = parts.spec.space.encode(batch.images)
-    noise = gaussian(x.shape, parts.noise_offset, generator)
-    t = timesteps.draw(parts.timestep_weights, len(x), generator)
+    noise = gaussian(x.shape, parts.noise_offset, Draws(generator))
+    t = timesteps.draw(parts.timestep_weights, len(x), Draws(generator))
     x_t = add_noise(parts.schedule, x, noise, t)
     unet_input = torch.cat([x_t, x_t], dim=1)
     output = unet(unet_input, t, batch.prompt_embeds.to(x.dtype), class_labels=t).sample

@@ -17,6 +17,7 @@ _PARTIAL_PREFIX, _PARTIAL_SUFFIX = ".floydtuner-", ".partial"
 _STALE_SECONDS = 24 * 3600  # a file is written in seconds: a partial one that is a day old has no writer left
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
 
 
 class DiskFull(OSError):
@@ -127,9 +128,15 @@ def on_one_line(text: str) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, would survive a loss of power."""
+    """Wait until a file, or a folder's list of names, would survive a loss of power.
+
+    Some network disks know no flushing of folders: theirs are then as safe as those disks are.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _CANNOT_FLUSH or not path.is_dir():
+            raise
     finally:
         os.close(handle)

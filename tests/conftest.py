@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "FLOYDTUNER_TEST_GPU" not in os.environ:  # see tests/gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +26,21 @@ def tiny_model(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("model")
     make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smaller_model(tmp_path_factory, tiny_model) -> Path:
+    """The tiny model with half the blocks of its UNet, for tests that load it many times."""
+    from diffusers import UNet2DConditionModel
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("smaller") / "model")
+    config = dict(UNet2DConditionModel.load_config(folder / "unet"))
+    config |= {
+        name: config[name][:1] + config[name][-1:]
+        for name in ("block_out_channels", "down_block_types", "up_block_types")
+    }
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
     return folder
 
 

@@ -1,7 +1,10 @@
 """A file is the old one or the new one, and any path can be shown."""
 
+import errno
 import json
 import os
+import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,21 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     with pytest.raises(DiskFull, match="No space left on device for report.json of 3 bytes in .* bytes are free"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_cannot_flush_folders_takes_files_and_one_that_fails_at_it_does_not(tmp_path, monkeypatch):
+    def on_folders(number: int) -> Callable[[int], None]:
+        def flush(handle: int) -> None:
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(number, os.strerror(number))
+
+        return flush
+
+    monkeypatch.setattr(os, "fsync", on_folders(errno.EINVAL))
+    write_whole(tmp_path / "report.json", b"new")
+    monkeypatch.setattr(os, "fsync", on_folders(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_whole(tmp_path / "report.json", b"newer")
 
 
 @pytest.mark.parametrize(("name", "shown"), [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+import train_sd2x
 from helpers.captions.cleaning import clean
 from helpers.config.docs import backends_schema
 from helpers.config.families import MODEL_TYPES
@@ -26,6 +27,7 @@ from helpers.sizes import Size
 from helpers.training.memory import Setup, estimate
 
 GUIDE = ROOT / "docs" / "deepfloyd.md"
+RELIABILITY = ROOT / "docs" / "reliability.md"
 PAGES = [GUIDE, ROOT / "README.md"]
 EXPORTS = {export: row for row in (*ROWS.values(), *LAUNCH_ROWS.values()) for export in row.all_exports}
 
@@ -38,7 +40,7 @@ def code(page, language: str = "") -> list[str]:
     return re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, RELIABILITY], ids=lambda page: page.name)
 def test_every_option_that_a_page_names_exists(page):
     spans = code(page) + code(page, "bash")
     flags = {name for span in spans for name in re.findall(r"(?<!\S)--(\w+)", span)} - {"demo", "logdir"}
@@ -64,6 +66,23 @@ def test_the_guide_knows_every_flavour_and_model_type():
     assert [name for name in (*MODEL_TYPES, *flavours) if f"`{name}`" not in text] == []
 
 
+def test_every_promise_names_tests_that_exist():
+    """A promise without one is none; a test that is renamed or goes takes its name here along."""
+    tables = re.findall(r"^\| promise \|.*\n.*\n((?:\|.*\n)+)", RELIABILITY.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = [row.strip("|").split(" | ") for table in tables for row in table.splitlines()]
+    assert len(tables) >= 10 and [promise for promise, tests in rows if "`tests/" not in tests] == []
+    for name in {name for _, tests in rows for name in re.findall("`([^`]+)`", tests)}:
+        file, _, test = name.partition("::")
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), name
+
+
+def test_the_page_of_promises_has_every_exit_code():
+    """As train_sd2x.py and the signals give them."""
+    codes = [cell for row in rows_of("exit code", RELIABILITY) for cell in row[0].split(", ")]
+    documented = re.findall(r"\b\d+(?= when)", train_sd2x.__doc__)
+    assert codes == sorted({*documented, "1", "143"}, key=int)
+
+
 @pytest.mark.parametrize("demo", ["", "-base", "-stage2", "-stage2-base"])
 def test_the_guide_tells_the_demos_own_rates(demo):
     env_file = f"examples/demo/sd2x-env{demo}.sh"
@@ -73,9 +92,9 @@ def test_the_guide_tells_the_demos_own_rates(demo):
     assert row in GUIDE.read_text(encoding="utf-8")
 
 
-def rows_of(heading: str) -> list[list[str]]:
-    """The cells of the table in the guide whose first row begins so."""
-    table = GUIDE.read_text(encoding="utf-8").partition(f"\n| {heading}")[2].partition("\n\n")[0]
+def rows_of(heading: str, page: Path = GUIDE) -> list[list[str]]:
+    """The cells of the table in a page whose first row begins so."""
+    table = page.read_text(encoding="utf-8").partition(f"\n| {heading}")[2].partition("\n\n")[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from helpers.training import checkpoints
+from tests.killing import BETWEEN, PARTS
 from tests.test_trainer import ADAPTER, assert_equal
 
 ROOT = Path(__file__).parent.parent
@@ -48,37 +46,21 @@ KINDS: dict[str, tuple[dict[str, object], int, int]] = {
 
 
 @pytest.fixture(scope="module")
-def smaller_model(tmp_path_factory, tiny_model) -> Path:
-    """The tiny model with half the blocks of its UNet, since it is loaded more than a hundred times."""
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("smaller") / "model")
-    config = dict(UNet2DConditionModel.load_config(folder / "unet"))
-    config |= {
-        name: config[name][:1] + config[name][-1:]
-        for name in ("block_out_channels", "down_block_types", "up_block_types")
-    }
-    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory, smaller_model, photos) -> Iterator[Mapping[str, tuple[Path, subprocess.Popen]]]:
-    """The folder and the process of each kind; all at once, since each has one run at a time."""
-    running = {}
+def killed(tmp_path_factory, smaller_model, photos) -> Path:
+    """The folder with all that the runs of each kind left; they go side by side."""
+    folder = tmp_path_factory.mktemp("killed")
+    kinds = {}
     for seed, (kind, (flags, datasets, kills)) in enumerate(KINDS.items()):
-        folder = tmp_path_factory.mktemp("killed")
+        (folder / f"data-{seed}").mkdir()
         values = {**FLAGS, **flags, "pretrained_model_name_or_path": smaller_model,
-                  "data_backend_config": dataloader(folder, photos, datasets)}
-        words = {"flags": [f"--{name}={value}" for name, value in values.items()], "output": "output",
-                 "folder": str(folder / "runs"), "kills": kills, "seed": seed}
-        command = [sys.executable, "-m", "tests.killing", json.dumps(words)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-        running[kind] = folder, process
-    yield running
-    for _, process in running.values():
-        process.kill()
-        process.communicate()
+                  "data_backend_config": dataloader(folder / f"data-{seed}", photos, datasets)}
+        kinds[kind] = {"flags": [f"--{name}={value}" for name, value in values.items()], "kills": kills, "seed": seed}
+    words = json.dumps({"kinds": kinds, "folder": str(folder / "runs")})
+    command = [sys.executable, "-m", "tests.killing", words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder / "runs"
 
 
 def dataloader(folder: Path, photos: Path, datasets: int) -> Path:
@@ -101,16 +83,16 @@ def dataloader(folder: Path, photos: Path, datasets: int) -> Path:
     return path
 
 
+def test_a_hundred_kills_met_every_part_of_a_run(killed):
+    kills = sum((Counter(json.loads((killed / kind / "kills.json").read_text())) for kind in KINDS), Counter())
+    assert kills.total() == 100
+    assert kills.keys() == {*PARTS, BETWEEN}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_anywhere_and_started_again_it_ends_with_the_same_bits(killed, kind):
-    folder, process = killed[kind]
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors
-    kills = Counter(json.loads(output))
-    assert kills.total() == KINDS[kind][2]
-    assert len(kills) >= 5, f"they met few parts of a run: {kills}"
-    whole = folder / "runs" / "whole" / "output"
-    outputs = [path / "output" for path in (folder / "runs").glob("killed-*")]
+    whole = killed / kind / "whole" / "output"
+    outputs = [path / "output" for path in (killed / kind).glob("killed-*")]
     assert outputs
     for other in outputs:
         assert_equal(load_file(whole / ADAPTER), load_file(other / ADAPTER))

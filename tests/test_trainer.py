@@ -19,7 +19,7 @@ import torch
 from diffusers import DiffusionPipeline, IFPipeline
 from peft import get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.models import loading
 from helpers.models.bitfit import BIASES_FILE
@@ -31,7 +31,7 @@ from helpers.training.loop import Run
 from helpers.training.requests import COMMAND_MARK, STOP_FILE
 from helpers.training.step import StepLoss
 from helpers.validation.prompts import PromptPictures
-from helpers.validation.render import Sampling, Validation
+from helpers.validation.render import Rendered, Sampling, Validation
 
 ROOT = Path(__file__).parent.parent
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -365,6 +365,15 @@ def test_another_runs_checkpoint_is_refused_by_the_options_that_differ(trainer, 
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "output").rglob("*")) == before
 
 
+def test_base_weights_that_were_changed_in_their_place_are_refused_on_resume(trainer, tmp_path, tiny_model, capsys):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    assert trainer(pretrained_model_name_or_path=base) == 0
+    path = base / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    assert trainer(pretrained_model_name_or_path=base, max_train_steps=4) == 2
+    assert "the UNet's files there have changed since checkpoint-2" in capsys.readouterr().err
+
+
 @pytest.fixture
 def seen(monkeypatch) -> list[list[str]]:
     """The names of the images of each batch that is trained."""
@@ -488,20 +497,40 @@ def test_a_disk_that_is_full_before_training_is_told_in_words(trainer, small_dis
     assert "No space left on device for " in told and str(small_disk) in told and "Traceback" not in told
 
 
-def test_pictures_and_curves_that_find_no_room_do_not_end_the_training(trainer, small_disk, monkeypatch, capfd):
-    others = fill(small_disk, leaving=250_000)
+def test_pictures_that_find_no_room_do_not_end_the_training(trainer, small_disk, monkeypatch, capfd):
+    save, render = checkpoints.save, PromptPictures.render
 
-    def make_room_and_save(*arguments):
+    def fill_and_render(pictures: PromptPictures, run: Run, folder: Path) -> Rendered:
+        if run.step == 2:
+            fill(small_disk, leaving=0)
+        return render(pictures, run, folder)
+
+    def make_room_and_save(*arguments: object) -> Path:
+        (small_disk / "others").unlink()
+        return save(*arguments)
+
+    monkeypatch.setattr(PromptPictures, "render", fill_and_render)
+    monkeypatch.setattr(checkpoints, "save", make_room_and_save)
+    flags = {"validation_prompt": "a cat", "validation_steps": 1, "lora_rank": 1}
+    assert trainer(output_dir=small_disk / "output", max_train_steps=3, **flags) == 0
+    told = "".join(capfd.readouterr())
+    assert re.search("Validation at step 2 failed, training goes on: .*No space left on device for validation im", told)
+    assert told.count("failed, training goes on") == 1 and "Traceback" not in told
+    assert (small_disk / "output" / ADAPTER).exists()
+
+
+def test_curves_that_find_no_room_do_not_end_the_training(trainer, small_disk, monkeypatch, capfd):
+    others, save = fill(small_disk, leaving=250_000), checkpoints.save
+
+    def make_room_and_save(*arguments: object) -> Path:
         others.unlink()
         return save(*arguments)
 
-    save = checkpoints.save
     monkeypatch.setattr(checkpoints, "save", make_room_and_save)
     flags = {"validation_prompt": "a cat", "validation_steps": 1, "report_to": "tensorboard", "lora_rank": 1}
     assert trainer(output_dir=small_disk / "output", max_train_steps=3, **flags) == 0
     told = "".join(capfd.readouterr())
     assert "No space is left for curves" in told and "Traceback" not in told
-    assert re.search("Validation at step 2 failed, training goes on: .*No space left on device for validation im", told)
     assert (small_disk / "output" / ADAPTER).exists()
 
 
@@ -784,6 +813,38 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_has_its_own_exit_code(
     text = errors.read_text()
     assert f"Saved at step {checkpoint.name.removeprefix('checkpoint-')}" in text
     assert text.count(to_go_on) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_run_whose_listener_goes_is_saved_all_the_same(tmp_path, tiny_model, dataloader, number):
+    """Ctrl-C ends all of `./train.sh | tee log`; a connection that is lost takes its terminal with it."""
+    command = [sys.executable, "train_sd2x.py", "--model_type=deepfloyd-lora", "--max_train_steps=100000"]
+    command += [f"--pretrained_model_name_or_path={tiny_model}", f"--data_backend_config={dataloader}"]
+    command += [f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'output'}", "--report_to=none"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+    said = b""
+    while b"loss" not in said:
+        said += process.stdout.read(4096)
+        assert process.poll() is None
+    process.stdout.close()
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    assert checkpoints.found(tmp_path / "output")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_before_it_changes_anything(trainer, tmp_path, monkeypatch, capfd):
+    save, codes = checkpoints.save, []
+
+    def meet(*arguments: object) -> Path:
+        folder = save(*arguments)
+        before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "output").rglob("*"))
+        codes.append(trainer(learning_rate=1e-5))
+        assert sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / "output").rglob("*")) == before
+        return folder
+
+    monkeypatch.setattr(checkpoints, "save", meet)
+    assert trainer() == 0 and codes == [2]
+    assert "another run is at work in" in capfd.readouterr().err
 
 
 def test_accelerate_launch_is_a_door_too(tmp_path, tiny_model, dataloader):

@@ -26,6 +26,7 @@ from helpers.config.families import DEEPFLOYD_I
 from helpers.config.jsonfile import MAX_BYTES, MAX_DEPTH, load_json, read_json
 from helpers.config.load import load_all, read_prompt_library
 from helpers.config.problems import ConfigError
+from helpers.data.audit import text_side
 from helpers.files import printable
 from helpers.models import loading
 from helpers.models.errors import WeightsError
@@ -101,14 +102,15 @@ def test_our_own_code_has_nothing_that_unpickles_or_executes():
     assert found == []
 
 
+def calls_of(*functions: str) -> list[str]:
+    """Every call in the code of a function whose name ends so."""
+    nodes = [node for path in sources() for node in ast.walk(ast.parse(path.read_text("utf-8")))]
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    return [ast.unparse(call) for call in calls if ast.unparse(call.func).endswith(functions)]
+
+
 def test_every_model_is_loaded_from_safetensors_only():
-    calls = [
-        ast.unparse(node)
-        for path in sources()
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.Call)
-        and ast.unparse(node.func).endswith(("Model.from_pretrained", "Pipeline.from_pretrained"))
-    ]
+    calls = calls_of("Model.from_pretrained", "Pipeline.from_pretrained")
     assert calls and all("use_safetensors=True" in call for call in calls), calls
 
 
@@ -199,7 +201,29 @@ def test_a_tokenizer_brings_no_code_along_and_asks_nothing(model, mark, monkeypa
     path.write_text(json.dumps(json.loads(path.read_text()) | auto))
     with pytest.raises(WeightsError, match="cannot be loaded"):
         T5().load(model, CPU)
+    assert text_side(T5(), str(model), None).length_of is None, "a check looks at the tokenizer too"
     assert not mark.exists()
+
+
+def test_every_tokenizer_is_loaded_without_code_of_its_own():
+    """Left open, transformers asks at the console, and runs it after a "y"."""
+    calls = calls_of("AutoTokenizer.from_pretrained")
+    assert calls and all("trust_remote_code=False" in call for call in calls), calls
+
+
+@pytest.mark.parametrize("name", ["../private", "tokenizer/../../private", "{private}", "private"])
+def test_a_list_of_components_cannot_lead_out_of_its_model(trainer, model, tmp_path, name):
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "key").write_text("secret")
+    path = model / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps(index | {name.format(private=private): ["diffusers", "UNet2DConditionModel"]}))
+    flags = {"model_type": "deepfloyd-full", "lora_rank": None, "pretrained_model_name_or_path": model}
+    assert trainer(**flags, max_train_steps=1) == 0
+    output = tmp_path / "output"
+    assert [file for file in output.rglob("*") if file.name == "key"] == []
+    assert json.loads((output / "pipeline" / "model_index.json").read_text()).keys() == index.keys()
 
 
 def test_a_text_encoder_that_is_an_adapter_of_another_one_is_refused(model):
@@ -367,7 +391,7 @@ def test_a_model_whose_values_make_no_sense_trains_or_is_refused(trainer, model,
 @pytest.fixture(scope="module")
 def forgeries() -> list[bytes | None]:
     """States that this trainer does not write; those of the second kind, nearly."""
-    near = [["since", {"list": [0, 0, 0, {"list": []}]}], ["options", {"dict": []}], ["data", {"dict": []}]]
+    near = [["since", {"list": [0, 0, 0, {"list": []}]}], ["options", {"dict": []}], ["data", {"dict": []}], ["processes", 1]]
     packed = [{"tensor": "1"}, {"dict": near}, {"dict": [*near, ["run", {"dict": []}]]}, {"dict": [*near, ["run", 1]]}, {"dict": []}]
     bad = [None, DEEP, b"[]", b'{"a": [1]}', b'{"dict": 1}', b'{"dict": [[1]]}', b"3", b"\xff", b'"a"']
     return bad + [json.dumps(state).encode() for state in packed]

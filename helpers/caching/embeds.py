@@ -51,7 +51,8 @@ class EmbedCache:
         if not missing:
             return f"{words}, 0 to encode"
         damaged, others = self.store.damaged_keys(), self._others()
-        reasons = Counter(_why(text_key(text), damaged, others) for text in missing)
+        otherwise = "new or of a damaged shard" if self.store.damage_is_nameless() else "new"
+        reasons = Counter(_why(text_key(text), damaged, others) or otherwise for text in missing)
         why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         return f"{words}, {len(missing):,} captions to encode ({why})"
 
@@ -75,18 +76,21 @@ class EmbedCache:
         length_of: Callable[[str], int],
         batch_size: int,
         limit: int = 77,
+        mine: Callable[[str], bool] | None = None,
     ) -> None:
         """Encode what is missing; `encode` returns bf16 [B, 77, D] and `length_of` the tokens of a text.
 
         Batches hold texts of like length, the longest first: an encoder that does not fit fails at once and the
         announced time is not exceeded. An interrupted build keeps what it had encoded. Texts of more than `limit`
-        tokens, which the encoder cuts, are told before it starts.
+        tokens, which the encoder cuts, are told before it starts. With `mine`, only the texts whose keys it takes are
+        encoded here, and the others by other processes.
 
         Raises:
             NonFiniteEmbedding: the encoder overflowed.
         """
         texts = list(texts)
-        lengths = {text: length_of(text) for text in self.missing(texts)}
+        missing = [text for text in self.missing(texts) if mine is None or mine(text_key(text))]
+        lengths = {text: length_of(text) for text in missing}
         wanted = sorted(lengths, key=lengths.__getitem__, reverse=True)
         if not wanted:
             return
@@ -145,11 +149,11 @@ def text_key(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _why(key: str, damaged: set[str], others: Mapping[str, str]) -> str:
-    """Why a text is not encoded yet."""
+def _why(key: str, damaged: set[str], others: Mapping[str, str]) -> str | None:
+    """Why a text is not encoded yet, as far as shards tell."""
     if key in damaged:
         return "of a damaged shard"
-    return f"so far with another {others[key]}" if key in others else "new"
+    return f"so far with another {others[key]}" if key in others else None
 
 
 def _add(writer: Writer, texts: Sequence[str], embeds: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from helpers.caching.store import ShardStore
+from helpers.caching.store import ShardStore, locked
 from helpers.files import content_hash, write_whole
 from helpers.images.loading import Unreadable, load
 from helpers.sizes import Size
@@ -69,16 +70,24 @@ class PixelCache:
         """The files among the jobs that are known to fail, with the reason."""
         return {job.path: self._failures[job.key] for job in jobs if job.key in self._failures}
 
-    def build(self, jobs: Iterable[PixelJob], workers: int | None = None, name: str = "pixels") -> dict[Path, str]:
+    def build(
+        self,
+        jobs: Iterable[PixelJob],
+        workers: int | None = None,
+        name: str = "pixels",
+        mine: Callable[[str], bool] | None = None,
+    ) -> dict[Path, str]:
         """Decode what is missing, by `workers` threads (one per core if None); returns the files that failed.
 
         Threads, since Pillow decodes and resizes without the GIL: two give as much as two processes, which would also
         have to send the pixels back. At most four images a worker are in memory, and one shard. How much of it was
-        there already, and why the rest was not, is told under this `name`.
+        there already, and why the rest was not, is told under this `name`. With `mine`, only the images whose keys it
+        takes are decoded here, and the others by other processes.
         """
         jobs = list(jobs)
         todo = self.missing(jobs)
         tqdm.write(f"{name}: {self._plan(jobs, todo)}")
+        todo = [job for job in todo if mine is None or mine(job.key)]
         passing = self._decode(todo, workers or cores()) if todo else {}
         return self.failures(jobs) | {job.path: passing[job.key] for job in jobs if job.key in passing}
 
@@ -94,7 +103,7 @@ class PixelCache:
                     if isinstance(result, np.ndarray):
                         writer.add(job.key, result)
                     else:
-                        reasons = self._failures if _is_lasting(result) else passing
+                        reasons = passing if result.may_pass or isinstance(result, Changed) else self._failures
                         reasons[job.key] = result.reason
         finally:
             self._remember_made([job for job in jobs if job.key in self.store])
@@ -149,9 +158,10 @@ class PixelCache:
     def _remember_failures(self) -> None:
         if not self._failures:
             return
-        self._failures = _read_failures(self._failures_path) | self._failures  # another run may have added some
-        content = json.dumps({"pillow": PIL.__version__, "reasons": self._failures}, indent=1)
-        write_whole(self._failures_path, content.encode())
+        with locked(self.store.folder, fcntl.LOCK_EX):
+            self._failures = _read_failures(self._failures_path) | self._failures  # others may have added some
+            content = json.dumps({"pillow": PIL.__version__, "reasons": self._failures}, indent=1)
+            write_whole(self._failures_path, content.encode())
 
 
 def pixel_key(content: str, intermediate: Size, method: str) -> str:
@@ -191,13 +201,6 @@ def in_order(
         job, future = running.popleft()
         yield job, future.result()
         running.extend((job, pool.submit(work, job)) for job in islice(rest, 1))
-
-
-def _is_lasting(error: Unreadable) -> bool:
-    """Whether the bytes themselves are at fault, not a disk, a permission or a lack of memory that may pass."""
-    cause = error.__cause__
-    passes = isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
-    return not (passes or isinstance(error, Changed))
 
 
 def cores() -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import warnings
 
-
 LONGEST_TEXT = 20_000
 """Letters of a caption that are looked at; the encoder reads 77 tokens."""
+
+VOID_TAGS = frozenset("area base br col embed hr img input link meta p source track wbr li".split())
+"""What in HTML may stand without an end."""
 
 LONG_WORD = re.compile(r"(\S{1000})\S+")
 """What is no word: on a million letters without a space the cleaning would take days, its time being quadratic."""
@@ -39,7 +41,11 @@ def clean(caption: str) -> str:
 def erased_words(caption: str, cleaned: str) -> set[str]:
     """The words of a caption, in lower case, that its cleaned form lacks: a trigger word among them cannot be learned.
 
-    Markup, links and mentions do not count: nobody writes them to be learned.
+    Markup, links and mentions do not count: nobody writes them to be learned. `<sks>` does, as other trainers' users
+    write their subjects: it is taken for markup only where `</sks>` follows or HTML has such a tag without an end.
     """
-    written = re.sub(r"<[^<>]*>|https?:\S+|@\S+", " ", caption[:LONGEST_TEXT].lower())
+    text = caption[:LONGEST_TEXT].lower()
+    markup = VOID_TAGS | set(re.findall(r"</([\w-]+)>", text))
+    text = re.sub(r"<([\w-]+)>", lambda tag: " " if tag[1] in markup else f" {tag[1]} ", text)
+    written = re.sub(r"<[^<>]*>|https?:\S+|@\S+", " ", text)
     return set(re.findall(r"\w+", written)) - set(re.findall(r"\w+", cleaned))

@@ -11,6 +11,9 @@ STRATEGIES = ("filename", "textfile", "instanceprompt")
 MAX_BYTES = 1_000_000
 """The largest caption file that is read. Longer ones are something else under that name."""
 
+NOT_UTF8 = "is not UTF-8 text"
+"""How the reason ends where a caption file is of another encoding."""
+
 
 class MissingCaption(Exception):
     """An image has no caption; `reason` says in words what was looked for."""
@@ -66,7 +69,7 @@ def _from_textfile(path: Path) -> tuple[str, ...]:
     except FileNotFoundError as error:
         raise MissingCaption(f"there is no {name}") from error
     except UnicodeDecodeError as error:
-        raise MissingCaption(f"{name} is not UTF-8 text") from error
+        raise MissingCaption(f"{name} {NOT_UTF8}") from error
     except OSError as error:
         raise MissingCaption(f"{name} cannot be read: {error.strerror}") from error
     captions = tuple(line for line in map(str.strip, text.splitlines()) if line)

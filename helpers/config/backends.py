@@ -269,6 +269,11 @@ def _image_problems(image: ImageBackend, config: Config) -> Iterator[tuple[set[s
         reason = "which is a file" if os.path.exists(folder) else "which does not exist"
         words = f"found {found(str(folder))}, {reason}: type the folder of your images"
         yield {"instance_data_dir"}, f'key "instance_data_dir": {words}'
+    elif Path(os.path.realpath(config.run.output_dir)).is_relative_to(os.path.realpath(folder)):
+        output = f"{ROWS['output_dir'].label}, {found(str(config.run.output_dir))}"
+        words = f"found {found(str(folder))}, which holds {output}: the run's own pictures would be trained on, so name"
+        words += " an output folder outside of it"
+        yield {"instance_data_dir", "output_dir"}, f'key "instance_data_dir": {words}'
     words = resolution_problem(image.resolution, image.resolution_type, config)
     if words:
         yield {"resolution", "resolution_type", "model_type"}, f'key "resolution": {words}'

@@ -14,7 +14,7 @@ from collections.abc import Set as AbstractSet
 from pydantic import ValidationError
 
 from helpers.config.later import LATER_EXPORTS, LATER_PREFIXES, prefixed_problem
-from helpers.config.load import ONE_PROCESS, exported, load_all, read_flags
+from helpers.config.load import exported, load_all, read_flags
 from helpers.config.options import LAUNCH_ROWS, ROWS, Config, LaunchOptions
 from helpers.config.problems import ConfigError, found, invalid_values, letters_apart
 
@@ -131,9 +131,9 @@ def _launch_options(environ: Mapping[str, str], problems: list[str]) -> LaunchOp
         wrong = invalid_values(error, LaunchOptions.model_fields)
         problems += [f"{LAUNCH_ROWS[name].label}: {words}" for name, words in wrong.items()]
         launch = LaunchOptions(**{name: value for name, value in values.items() if name not in wrong})
-    for name, count in {"num_processes": launch.num_processes, "num_machines": launch.num_machines}.items():
-        if count > 1:
-            problems.append(f"{LAUNCH_ROWS[name].label}: found {count}, but {ONE_PROCESS}: set it to 1")
+    if launch.num_machines > 1:
+        words = f"found {launch.num_machines}, but all processes train on one machine: set it to 1"
+        problems.append(f"{LAUNCH_ROWS['num_machines'].label}: {words}")
     return launch
 
 
@@ -158,9 +158,9 @@ def _accelerate(launch: LaunchOptions, extra: Sequence[str], config: Config) -> 
     It would load torch a second time, and turn every exit code of the trainer into 1 behind a traceback of its own.
     """
     if not extra and launch.dynamo_backend.lower() == "no":
-        return []
+        return [] if launch.num_processes == 1 else ["-m", "helpers.launch", str(launch.num_processes)]
     return [
-        "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", "--num_machines=1",
+        "-m", "accelerate.commands.launch", "--quiet", f"--num_processes={launch.num_processes}", "--num_machines=1",
         f"--mixed_precision={config.training.mixed_precision}", f"--dynamo_backend={launch.dynamo_backend}", *extra,
     ]
 

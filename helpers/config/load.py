@@ -38,7 +38,10 @@ ENV_FILE_MARK = "FLOYDTUNER_ENV_FILE"
 
 DEFAULT_EPOCHS = 25
 
-ONE_PROCESS = "one process trains for now, with gradient_accumulation_steps for larger batches"
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What `accelerate launch` sets for ways of training that split a model over several GPUs."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def load_all(
         SystemExit: after printing the options, if --help is among the flags.
     """
     resolved, refused, problems = _read(argv, environ)
-    problems += _several_processes(environ)
+    problems += _sharding(environ)
     config = resolved.config
     try:
         if "data_backend_config" not in refused:
@@ -116,10 +119,14 @@ def _read(argv: Sequence[str], environ: Mapping[str, str]) -> _Read:
     return _Read(Resolved(config, MappingProxyType(sources)), refused, problems)
 
 
-def _several_processes(environ: Mapping[str, str]) -> list[str]:
-    """accelerate launch and torchrun tell each process their number so."""
-    count = environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in environ else "1"
-    return [] if count in ("", "0", "1") else [f"found {count} processes (WORLD_SIZE), but {ONE_PROCESS}: start one"]
+def _sharding(environ: Mapping[str, str]) -> list[str]:
+    return [
+        f"ACCELERATE_EXTRA_ARGS: found {name}, which splits a model over several GPUs. Here each GPU trains all of it,"
+        " LoRA and full alike, in a few GB (docs/deepfloyd.md has the figures): leave it out, and set"
+        " TRAINING_NUM_PROCESSES to the number of GPUs"
+        for variable, name in SHARDING.items()
+        if environ.get(variable, "").lower() in ("1", "true", "yes")
+    ]
 
 
 def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -374,9 +374,9 @@ class LaunchOptions(Group):
 
     env_file: str = option("sd2x-env.sh", help="The env file to read: `ENV_FILE=my-env.sh ./train.sh`.")
     num_processes: Whole = option(
-        1, export="TRAINING_NUM_PROCESSES", ge=1, help="Processes (GPUs) to train with; for now, only 1 is offered.")
+        1, export="TRAINING_NUM_PROCESSES", ge=1, help="Processes to train with, one for each GPU; each trains TRAIN_BATCH_SIZE images at a time.")
     num_machines: Whole = option(
-        1, export="TRAINING_NUM_MACHINES", ge=1, help="Machines to train with; for now, only 1 is offered.")
+        1, export="TRAINING_NUM_MACHINES", ge=1, help="Machines to train with: 1.")
     dynamo_backend: str = option(
         "no", export="TRAINING_DYNAMO_BACKEND", help="The backend of torch.compile that accelerate is told.")
     accelerate_args: str = option(

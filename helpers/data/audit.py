@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from helpers.caching.pixels import PixelJob, cores, in_order
 from helpers.captions.cleaning import erased_words
+from helpers.captions.strategies import NOT_UTF8
 from helpers.config.backends import ImageBackend
 from helpers.config.jsonfile import load_json
 from helpers.data.dataset import Dataset, plan_dataset
@@ -177,7 +178,8 @@ class _About:
     def __init__(self, backend: ImageBackend) -> None:
         self._backend = backend
         self._id = backend.id
-        self._names = cache(_names_in)
+        self._names = cache(lambda folder: frozenset(os.listdir(folder)))
+        self._texts = cache(lambda folder: _texts_by_stem(self._names(folder)))
 
     def left_out(self, found: Scan, planned: Dataset, failures: Mapping[Path, str]) -> Iterator[Finding]:
         for entry in found.left_out:
@@ -196,11 +198,16 @@ class _About:
             yield self._unreadable(path, reason)
 
     def _unreadable(self, path: Path, reason: str) -> Finding:
-        return Finding(self._id, path, "unreadable", f"left out: {reason}", "replace it by a sound JPEG or PNG, or remove it")
+        remedy = "replace it by a sound JPEG or PNG, or remove it"
+        if "cannot be read: " in reason:
+            remedy = "see to its permissions and its disk, or remove it"
+        return Finding(self._id, path, "unreadable", f"left out: {reason}", remedy)
 
     def _without_caption(self, entry: LeftOut) -> Finding:
         reason = entry.reason.removeprefix(NO_CAPTION)
         remedy = "write its caption there, or set caption_strategy to filename or instanceprompt"
+        if reason.endswith(NOT_UTF8):
+            remedy = "save it as UTF-8"
         if self._backend.caption_strategy == "filename":
             remedy = "rename it so that its name is its caption, in UTF-8"
         elif beside := self._beside(entry.path):
@@ -213,18 +220,8 @@ class _About:
 
     def _beside(self, path: Path) -> list[str]:
         """The files beside an image that look like its caption by name, but are not read: those of plain text first."""
-        stem, expected = path.stem.casefold(), path.stem + ".txt"
-        names = self._names(path.parent)
-        texts = CAPTION_SUFFIXES + DATA_SUFFIXES
-        stems = {Path(name).stem.casefold() for name in names if not name.lower().endswith(texts)}
-        found = [
-            name
-            for suffixes in (CAPTION_SUFFIXES, DATA_SUFFIXES)
-            for name in names
-            if name.lower().endswith(suffixes) and name.casefold().startswith(f"{stem}.") and name != expected
-        ]
-        # photo.2.txt is the caption of photo.2.jpg where there is one, not a misnamed one of photo.jpg.
-        return [name for name in found if Path(name).stem.casefold() == stem or Path(name).stem.casefold() not in stems]
+        texts = self._texts(path.parent).get(path.stem.casefold(), [])
+        return [name for name in texts if name != path.stem + ".txt"]
 
     def sizes(self, dataset: Dataset) -> Iterator[Finding]:
         for record, plans in zip(dataset.records, dataset.plans):
@@ -323,8 +320,23 @@ def _shown(plan: Plan) -> float:
     return min(aspects) / max(aspects)
 
 
-def _names_in(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(os.listdir(folder)))
+def _texts_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    """The files of a folder that may hold a caption, by each name without extension whose caption they may be.
+
+    In lower case, and those of plain text first: a.txt.txt may be meant for a.jpg, and for a.txt.jpg.
+    """
+    names, texts = sorted(names), CAPTION_SUFFIXES + DATA_SUFFIXES
+    others = {Path(name).stem.casefold() for name in names if not name.lower().endswith(texts)}
+    found: dict[str, list[str]] = {}
+    for suffixes in (CAPTION_SUFFIXES, DATA_SUFFIXES):
+        for name in (name for name in names if name.lower().endswith(suffixes)):
+            stem, parts = Path(name).stem.casefold(), name.casefold().split(".")
+            for end in range(1, len(parts)):
+                shorter = ".".join(parts[:end])
+                # photo.2.txt is the caption of photo.2.jpg where there is one, not a misnamed one of photo.jpg.
+                if shorter == stem or stem not in others:
+                    found.setdefault(shorter, []).append(name)
+    return found
 
 
 def _percent(share: float) -> str:

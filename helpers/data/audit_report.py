@@ -24,6 +24,7 @@ class Audit:
         steps: of the whole run.
         batches_per_step: gradient_accumulation_steps.
         embed_bytes: on the disk, of all captions.
+        output_bytes: of the checkpoints that are kept, and the result.
         free_bytes: on the disk of the caches.
     """
 
@@ -34,6 +35,7 @@ class Audit:
     batches_per_step: int
     captions: int
     embed_bytes: int | None
+    output_bytes: int | None
     free_bytes: int | None
     not_looked_at: tuple[str, ...]
 
@@ -64,6 +66,7 @@ def as_json_text(audit: Audit) -> str:
             "free_bytes": audit.free_bytes,
             "decode_seconds": round(audit.decode_seconds, 2),
         },
+        "output_bytes": audit.output_bytes,
         "not_looked_at": list(audit.not_looked_at),
     }
     return json.dumps(content, indent=2)
@@ -131,6 +134,8 @@ def _needs(audit: Audit) -> Iterable[str]:
     embeds = "an unknown size" if audit.embed_bytes is None else _size(audit.embed_bytes)
     free = "" if audit.free_bytes is None else f"; {_size(audit.free_bytes)} are free"
     yield f"caches on the disk: {_size(audit.pixel_bytes)} of pixels, {embeds} of {audit.captions:,} captions{free}"
+    if audit.output_bytes is not None:
+        yield f"checkpoints and result on the disk: {_size(audit.output_bytes)}"
     yield f"decoding took {audit.decode_seconds:.1f} s here: about what filling an empty pixel cache takes"
     yield from (f"not looked at: {words}" for words in audit.not_looked_at)
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from typing import NamedTuple, TypeVar
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache, pixel_key
 from helpers.data.sampler import BatchPlan, Position, Use
+from helpers.processes import Share
 
 Item = TypeVar("Item")
 _END = object()
@@ -42,9 +43,10 @@ class Batch:
     images: Tensor  # uint8 [B, H, W, 3]
     prompt_embeds: Tensor  # bfloat16 [B, 77, D]
     uses: tuple[Use, ...]
+    share: Share | None = None  # what of a whole batch it is, where several processes train
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.images.to(device), self.prompt_embeds.to(device), self.uses)
+        return replace(self, images=self.images.to(device), prompt_embeds=self.prompt_embeds.to(device))
 
 
 class Collator:
@@ -76,7 +78,7 @@ class Collator:
             source.pixels.read_into(key, image, left=use.box[0], top=use.box[1])
         embeds = slot.embeds(len(plan.uses), *source.embeds.row_shape)
         source.embeds.read([self._prepared[use.caption] for use in plan.uses], embeds)
-        return Batch(images, embeds, plan.uses)
+        return Batch(images, embeds, plan.uses, plan.share)
 
     def stream(self, plans: Iterable[tuple[Position, BatchPlan]]) -> Iterator[tuple[Position, Batch]]:
         """Each position with its batch, read ahead of their use by one thread."""

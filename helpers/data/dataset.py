@@ -22,6 +22,9 @@ NAMED = 10
 EXAMPLES = 3
 """How many files an error names where no image is left."""
 
+MOST_SAMPLES = 300_000_000
+"""Of an epoch, which is dealt in memory; 10,000 images seen 30,000 times each are as many."""
+
 
 @dataclass(frozen=True)
 class Report:
@@ -170,11 +173,20 @@ def plan_dataset(
 def plan_images(
     dataset_id: str, folder: Path, rules: Rules, found: Scan, repeats: int = 0, probability: float = 1.0
 ) -> Dataset:
-    """Plan every image of a scan; those that the rules refuse are left out with the reason."""
+    """Plan every image of a scan; those that the rules refuse are left out with the reason.
+
+    Raises:
+        DatasetError: an epoch would have more samples than can be dealt.
+    """
     plan_of = _plans_by_size(rules)
     planned = [(record, plan_of(record.size)) for record in found.records]
     used = [(record, choices) for record, choices in planned if not isinstance(choices, str)]
     refused = tuple(LeftOut(record.path, reason) for record, reason in planned if isinstance(reason, str))
+    if len(used) * (repeats + 1) > MOST_SAMPLES:
+        raise DatasetError(
+            f"dataset {dataset_id!r}: found {repeats:,} repeats, with which an epoch sees {len(used):,} images"
+            f" {len(used) * (repeats + 1):,} times, more than {MOST_SAMPLES:,}: type fewer, and train for more epochs"
+        )
     return Dataset(
         id=dataset_id,
         folder=folder,

@@ -6,7 +6,7 @@ import gc
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from helpers.config.backends import Backends, ImageBackend
 from helpers.data.collate import Source
 from helpers.data.dataset import Dataset, plan_dataset
 from helpers.data.scan import Captions, Scan, scan
-from helpers.models.text import T5
+from helpers.models.text import T5, T5Encoder
+from helpers.processes import Processes
 
 NULL_CAPTION = ""
 NAMED = 5
@@ -121,11 +122,17 @@ def _listed(words: Sequence[str]) -> str:
     return ", ".join(map(repr, words[:NAMED])) + (", ..." if len(words) > NAMED else "")
 
 
-def cache_pixels(dataset: Dataset, backend: ImageBackend) -> tuple[Dataset, PixelCache]:
+def cache_pixels(
+    dataset: Dataset, backend: ImageBackend, processes: Processes = Processes()
+) -> tuple[Dataset, PixelCache]:
     """Decode and shrink what is not cached yet; images that cannot be decoded leave the dataset, with the reason."""
     pixels = PixelCache(backend.cache_dir)
     jobs = dataset.pixel_jobs(backend.downsample_method)
-    return dataset.without(pixels.build(jobs, name=f"dataset {dataset.id!r}")), pixels
+    own = pixels.build(jobs, name=f"dataset {dataset.id!r}", mine=processes.has)
+    failed = processes.union({os.fspath(path): reason for path, reason in own.items()})
+    if processes.count > 1:
+        pixels.store.refresh()
+    return dataset.without({Path(path): reason for path, reason in failed.items()}), pixels
 
 
 def open_text_caches(
@@ -146,21 +153,42 @@ def cache_texts(
     batch_size: int,
     device: torch.device,
     variant: str | None = None,
+    processes: Processes = Processes(),
 ) -> None:
     """Encode the captions that no cache has yet. The encoder is loaded only for that, once, and freed again.
+
+    Several processes share the captions out, if there are so many that each fills a batch; else the first one does it.
 
     Args:
         wanted: the captions that each cache must hold, as their users wrote them, by the cache's id.
     """
     texts = {cache_id: [caches.prepared[caption] for caption in captions] for cache_id, captions in wanted.items()}
-    if not any(caches.by_id[cache_id].missing(some) for cache_id, some in texts.items()):
+    missing = processes.from_first(lambda: sum(len(caches.by_id[name].missing(some)) for name, some in texts.items()))
+    if not missing:
         for cache_id, some in texts.items():
             print(f"Text embeds: {caches.by_id[cache_id].plan(some)}")
-        return
-    encoder = text.load(model, device, variant)
+    elif processes.is_first or missing > batch_size * processes.count:
+        mine = processes.has if missing > batch_size * processes.count else None
+        _encode(text.load(model, device, variant), caches, texts, batch_size, mine)
+        _give_back_memory(device)
+    if processes.count > 1:
+        processes.wait()
+        for embeds in caches.by_id.values():
+            embeds.store.refresh()
+
+
+def _encode(
+    encoder: T5Encoder,
+    caches: TextCaches,
+    texts: Mapping[str, Sequence[str]],
+    batch_size: int,
+    mine: Callable[[str], bool] | None,
+) -> None:
     for cache_id, some in texts.items():
-        caches.by_id[cache_id].build(some, encoder, encoder.length_of, batch_size, encoder.length)
-    del encoder
+        caches.by_id[cache_id].build(some, encoder, encoder.length_of, batch_size, encoder.length, mine)
+
+
+def _give_back_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import accumulate, count
 from struct import Struct
@@ -21,6 +21,7 @@ from helpers.data.dataset import Dataset
 from helpers.data.scan import DatasetError, Record
 from helpers.images import bucketing
 from helpers.images.geometry import Plan, crop_box
+from helpers.processes import Processes, Share
 from helpers.sizes import Size
 
 _USE = Struct("<QQ")
@@ -53,11 +54,17 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What a batch holds: images of one dataset, all of the size `target`."""
+    """What a batch holds: images of one dataset, all of the size `target`; with a share, those of one process."""
 
     dataset_id: str
     target: Size
     uses: tuple[Use, ...]
+    share: Share | None = None
+
+    def part(self, processes: Processes) -> BatchPlan:
+        """What one of several processes trains of a batch."""
+        share = processes.share(len(self.uses))
+        return replace(self, uses=self.uses[share.start : share.stop], share=share)
 
 
 class Sampler:

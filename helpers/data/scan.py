@@ -46,9 +46,11 @@ INDEX_HEADER = {"index": 2, "pillow": PIL.__version__}
 SLICE = 256
 """Files opened between two notes of progress; an interruption loses at most these."""
 
+NO_STATE = (-1, -1, -1)
+"""Bytes and times that no file has: of an entry that must not hold for the next scan, as a disk may be well again."""
+
 NAMED = 3
 """How many files an error names as examples."""
-
 
 NO_CAPTION = "no caption: "
 """How the reason begins of an image that is left out for its caption."""
@@ -290,9 +292,11 @@ def _open(file: Found) -> Entry:
     except NotAnImage as error:
         reason = error.reason if file.path.suffix.lower() in IMAGE_SUFFIXES else ""
     except Unreadable as error:
+        if error.may_pass:
+            return Entry(*NO_STATE, reason=error.reason)
         reason = error.reason
     except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
+        return Entry(*NO_STATE, reason=f"cannot be read: {error.strerror}")
     return Entry(*_state(file), reason=reason)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from helpers.diffusion.draws import Draws
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -57,17 +59,17 @@ def at(table: Tensor, t: Tensor) -> Tensor:
     return table[t].reshape(-1, 1, 1, 1)
 
 
-def gaussian(shape: Sequence[int], offset: float, generator: torch.Generator) -> Tensor:
-    """eps ~ N(0, 1) of `shape` `[B, C, H, W]`, float32, on the generator's device.
+def gaussian(shape: Sequence[int], offset: float, draws: Draws) -> Tensor:
+    """eps ~ N(0, 1) of `shape` `[B, C, H, W]`, float32, on the device of the draws.
 
     Args:
         offset: adds as much of a second draw that is the same over each channel of an image, so that its brightness is
             learned too (Guttenberg 2023, offset noise). 0: none.
     """
-    eps = torch.randn(shape, generator=generator, device=generator.device)
+    eps = draws.normal(shape)
     if not offset:
         return eps
-    return eps + offset * torch.randn((*shape[:2], 1, 1), generator=generator, device=generator.device)
+    return eps + offset * draws.normal((*shape[:2], 1, 1))
 
 
 def add_noise(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from helpers.diffusion.draws import Draws
+
 
 @dataclass(frozen=True)
 class TimestepBias:
@@ -42,7 +44,7 @@ BIASED: dict[str, Callable[[TimestepBias, int], slice]] = {
 """The timesteps that a strategy means."""
 
 
-def draw(weights: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+def draw(weights: Tensor, batch_size: int, draws: Draws) -> Tensor:
     """t in 0..T-1 as often as `weights` `[T]` say, int64 `[B]`.
 
     Never a float: a bfloat16 cast changes 494 of 1,000 values.
@@ -50,5 +52,5 @@ def draw(weights: Tensor, batch_size: int, generator: torch.Generator) -> Tensor
     # Not `torch.multinomial`: it reads back whether its weights are sound, and so waits for all that a GPU has to do.
     dtype = torch.float32 if weights.device.type == "mps" else torch.float64
     cumulative = weights.to(dtype).cumsum(0)
-    drawn = torch.rand(batch_size, dtype=dtype, device=weights.device, generator=generator)
+    drawn = draws.uniform(batch_size, dtype, weights.device)
     return torch.searchsorted(cumulative / cumulative[-1], drawn, right=True)  # drawn < 1, the last one's value

@@ -92,6 +92,12 @@ class Unreadable(Exception):
         super().__init__(reason)
         self.reason = reason
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether a disk, a permission or a lack of memory is at fault, and not the file's bytes."""
+        cause = self.__cause__
+        return isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno is not None)
+
 
 class NotAnImage(Unreadable):
     """A file whose content does not even look like an image."""
@@ -191,6 +197,8 @@ def _unidentified(start: bytes) -> Unreadable:
         return Unreadable("is SVG, a drawing without pixels: convert it to PNG")
     if text.startswith((b"<!doctype html", b"<html")):
         return NotAnImage("is a web page, not an image")
+    if start.startswith(b"version https://git-lfs"):
+        return NotAnImage("is a pointer of Git LFS, not the image itself: run `git lfs pull` in its folder")
     name = next((name for signature, name in SIGNATURES if start.startswith(signature)), None)
     return Unreadable(f"is {name} with a damaged header") if name else NotAnImage("is not an image")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from helpers.diffusion.draws import Draws
 from helpers.diffusion.noising import Schedule, add_noise
 
 
@@ -20,7 +21,7 @@ class TextOnly:
     scheduler: str | None = None
 
     def __call__(
-        self, x_t: Tensor, images: Tensor, schedule: Schedule | None, generator: torch.Generator
+        self, x_t: Tensor, images: Tensor, schedule: Schedule | None, draws: Draws
     ) -> tuple[Tensor, Tensor | None]:
         """The UNet's input `[B, C, H, W]` and its class labels, of which there are none."""
         return x_t, None
@@ -45,7 +46,7 @@ class NoisedLowRes:
     scheduler: str | None = "image_noising_scheduler"
 
     def __call__(
-        self, x_t: Tensor, images: Tensor, schedule: Schedule, generator: torch.Generator
+        self, x_t: Tensor, images: Tensor, schedule: Schedule, draws: Draws
     ) -> tuple[Tensor, Tensor]:
         """The UNet's input `[B, 2C, H, W]` as [x_t, the noised low-res image], and s, int64 `[B]`.
 
@@ -54,8 +55,7 @@ class NoisedLowRes:
             images: the images that x_t was made from, uint8 `[B, H, W, 3]`.
         """
         upscaled = upscale(reduce(images, self.scale), images.shape[1:3])
-        level = torch.randint(schedule.timesteps, (len(x_t),), generator=generator, device=x_t.device)
-        noise = torch.randn(upscaled.shape, generator=generator, device=x_t.device)
+        level, noise = draws.integers(schedule.timesteps, len(x_t)), draws.normal(upscaled.shape)
         return torch.cat([x_t, add_noise(schedule, upscaled, noise, level)], dim=1), level
 
 

@@ -149,8 +149,13 @@ def _require_readable(folder: Path, spec: Spec) -> None:
 
     The libraries read it late, the export at the very end, and end in tracebacks.
     """
-    _json(folder / "model_index.json")
+    index = _json(folder / "model_index.json")
     for component in components(spec):
+        kind = index.get(component)
+        is_listed = isinstance(kind, list) and all(isinstance(part, str) for part in kind)
+        if component.endswith("scheduler") and not is_listed:
+            listed = f"{folder / 'model_index.json'} does not list the component {component}"
+            raise WeightsError(f"{OPTION}: {listed}, without which no pipeline can be written: it is damaged.")
         if not (folder / component).is_dir():
             raise WeightsError(f"{OPTION}: {folder / component} is not a folder, as diffusers' pipelines have it.")
         for path in sorted((folder / component).glob("*.json")):

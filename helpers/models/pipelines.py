@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -31,11 +32,14 @@ def write_pipeline(unet: UNet2DConditionModel, base: Path, output: Path, variant
     index = json.loads((base / "model_index.json").read_text("utf-8"))
     index.pop("_name_or_path", None)
     index["_class_name"] = origin.pipeline
+    takes = inspect.signature(getattr(diffusers, origin.pipeline)).parameters
     optional = getattr(diffusers, origin.pipeline)._optional_components
-    for name, component in index.items():
+    for name, component in list(index.items()):
         if not isinstance(component, list) or name == "unet":
             continue
-        if name in optional and not _is_usable(base / name):  # such as IF's safety checker, which is never fetched
+        if name not in takes:  # no component of it; a name like "../../home" would lead out of both folders
+            del index[name]
+        elif name in optional and not _is_usable(base / name):  # such as IF's safety checker, which is never fetched
             index[name] = [None, None]
         elif component != [None, None]:
             _copy_component(base / name, partial / name, variant)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,9 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
 
 from helpers.captions.cleaning import clean
 from helpers.models.errors import unfit
-
-SAMPLES = 256
-SAMPLE_BYTES = 4096
+from helpers.models.fingerprints import fingerprint_files
 
 DTYPE = torch.bfloat16
 """What an encoder computes in and embeds are kept in: T5 overflows in float16."""
@@ -48,7 +45,7 @@ class T5:
 
     def length_counter(self, tokenizer: Path) -> Callable[[str], int]:
         """From a prepared text to its tokens, before any are cut off, by the tokenizer in a folder."""
-        return partial(_length, AutoTokenizer.from_pretrained(tokenizer))
+        return partial(_length, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
 
     def load(self, folder: Path, device: torch.device, variant: str | None = None) -> T5Encoder:
         return T5Encoder(folder, self.length, device, variant)
@@ -98,20 +95,3 @@ def _encoder_files(variant: str | None) -> tuple[str, ...]:
     infix = f".{variant}" if variant else ""
     shards = [f"model.safetensors.index{infix}.json", f"model{infix}-*.safetensors"]
     return ("config.json", f"model{infix}.safetensors", *shards)
-
-
-def fingerprint_files(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
-    """A hash of every file below `folder` whose name fits: names, sizes, and evenly spaced samples of the bytes.
-
-    Sampled, since T5-XXL has 19 GB; any tuning of an encoder moves nearly all of its bytes.
-    """
-    digest = hashlib.sha256()
-    fitting = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
-    for path in sorted(fitting):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for start in sorted({size * i // SAMPLES for i in range(SAMPLES)}):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from helpers.config.options import ROWS, Config, LossOptions, OptimizerOptions, TrainingOptions
 from helpers.data.sampler import Dealt
@@ -26,6 +26,7 @@ from helpers.models.gradient_checkpointing import checkpoint_everything
 from helpers.models.lora import LoRA
 from helpers.models.parts import LossSettings
 from helpers.models.spec import Spec
+from helpers.processes import Processes
 from helpers.training.ema import EMA
 from helpers.training.loop import Run
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
@@ -119,6 +120,8 @@ def create_accelerator(config: Config) -> Accelerator:
     return Accelerator(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision=precision_of(training).autocast,
+        # Gradients are summed where they lie, without a second copy of them.
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=None if run.report_to == "none" else run.report_to,
         project_config=ProjectConfiguration(str(run.output_dir), str(run.output_dir / "logs")),
     )
@@ -181,19 +184,20 @@ class Since(NamedTuple):
         return self.step, self.epoch, self.batch, tuple(map(tuple, self.dealt))
 
 
-def since(saved: Mapping[str, Any], training: TrainingOptions) -> Since:
-    """The same for a run that goes on from a checkpoint's state, with these options."""
+def since(saved: Mapping[str, Any], training: TrainingOptions, processes: int = 1) -> Since:
+    """The same for a run that goes on from a checkpoint's state, with these options, in so many processes."""
     step, epoch, batch, dealt = saved["since"]
     before = Since(step, epoch, batch, tuple(Dealt(*part) for part in dealt))
-    was, run, batch_size = saved["options"], saved["run"], training.train_batch_size
-    same_size = was["train_batch_size"] == batch_size
+    was, run = saved["options"], saved["run"]
+    former_size = was["train_batch_size"] * saved["processes"]
+    same_size = former_size == training.train_batch_size * processes
     if same_size and was["gradient_accumulation_steps"] == training.gradient_accumulation_steps:
         return before
     epoch, batch = run["position"]
     dealt = before.dealt if before.epoch == epoch else ()
     if same_size:
         return Since(run["step"], epoch, batch, dealt)
-    return Since(run["step"], epoch, 0, (*dealt, Dealt(was["train_batch_size"], batch)) if batch else dealt)
+    return Since(run["step"], epoch, 0, (*dealt, Dealt(former_size, batch)) if batch else dealt)
 
 
 def ending(training: TrainingOptions, batches_in: Callable[[int], int], since: Since = Since()) -> Ending:
@@ -234,7 +238,15 @@ def learning_rate_of(optimizer: OptimizerOptions, steps: int) -> LearningRate:
     )
 
 
-def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accelerator: Accelerator, steps: int) -> Run:
+def create_run(
+    config: Config,
+    spec: Spec,
+    folder: Path,
+    adapter: Adapter,
+    accelerator: Accelerator,
+    steps: int,
+    processes: Processes = Processes(),
+) -> Run:
     """Load the UNet, attach what is trained, and make the optimizer: a run at step 0.
 
     Args:
@@ -255,6 +267,8 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
     adam = AdamSettings(options.adam_beta1, options.adam_beta2, options.adam_epsilon, options.adam_weight_decay)
     optimizer = OPTIMIZERS[options.optimizer](trainable_parameters(parts.unet), options.learning_rate, adam)
     unet, optimizer = accelerator.prepare(parts.unet, optimizer)
+    if processes.rank:
+        torch.manual_seed(training.seed + processes.rank)  # dropout of its own; all else that is drawn is the same
     return Run(
         accelerator=accelerator,
         parts=parts,
@@ -264,5 +278,6 @@ def create_run(config: Config, spec: Spec, folder: Path, adapter: Adapter, accel
         max_grad_norm=training.max_grad_norm,
         max_nonfinite_steps=training.max_nonfinite_steps,
         generator=torch.Generator(accelerator.device).manual_seed(training.seed),
+        processes=processes,
         ema=EMA(trainable_parameters(parts.unet), options.ema_decay) if options.use_ema else None,
     )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from helpers.config.options import ROWS
 from helpers.files import DiskFull, content_hash, flush, is_full, printable
@@ -30,6 +33,36 @@ _UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, Recu
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be resumed from; the message names the options concerned."""
+
+
+@contextmanager
+def only_run_in(output: Path) -> Iterator[None]:
+    """Hold an output folder, which is made, for one run; where nothing came to be in it, it is gone afterwards.
+
+    The system lets go of it however the process ends.
+
+    Raises:
+        CheckpointError: another run is at work in it.
+    """
+    is_new = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{ROWS['output_dir'].label}: another run is at work in {printable(output)}, and two would spoil each"
+                " other's checkpoints. Wait until it has ended, or name another OUTPUT_DIR."
+            ) from None
+        except OSError:  # a network disk without locks
+            pass
+        yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # there is something in it
+                output.rmdir()
+        os.close(handle)
 
 
 def save(output: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state: Mapping[str, Any], keep: int) -> Path:
@@ -90,13 +123,21 @@ def _prune(output: Path, step: int, keep: int) -> None:
     """Of the checkpoints up to this step, delete the oldest ones beyond `keep`."""
     for old in [folder for folder in found(output) if _step(folder) <= step][:-keep] if keep else []:
         # Out of the way first: one of which half is deleted would be taken for damaged.
-        shutil.rmtree(old.rename(_partial(old)))
+        _delete(old.rename(_partial(old)))
 
 
 def sweep(output: Path) -> None:
     """Delete what saving or deleting a checkpoint left when the process was killed at it."""
     for leftover in output.glob(".checkpoint-*.partial"):
-        shutil.rmtree(leftover)
+        _delete(leftover)
+
+
+def _delete(folder: Path) -> None:
+    """Delete what a run needs no more. Where that fails, which is said, the next save tries again."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        tqdm.write(f"{printable(folder)} cannot be deleted ({error.strerror}). Training goes on.")
 
 
 def _partial(folder: Path) -> Path:
@@ -298,6 +339,22 @@ def changes(
             + "\nSet that back to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
         )
     return changed
+
+
+def require_base(folder: Path, base: str) -> None:
+    """See that a checkpoint was made on top of these weights, by a fingerprint of their files.
+
+    Raises:
+        CheckpointError: they were changed, though they are still found by the same name.
+    """
+    with refused_if_other(folder):
+        was = load_plain(folder).get("base", base)  # checkpoints of before have none
+    if was != base:
+        raise CheckpointError(
+            f"{ROWS['pretrained_model_name_or_path'].label}: the UNet's files there have changed since {folder.name}"
+            " was made: its weights were learned on top of the other ones. Put those back to go on with it, or name another"
+            " OUTPUT_DIR (--output_dir) to start anew."
+        )
 
 
 def _unusable(folder: Path, error: Exception) -> str:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from helpers.data.sampler import Position
 from helpers.files import is_full
 from helpers.models.adapters import trainable_parameters
 from helpers.models.parts import Parts
+from helpers.processes import Processes
 from helpers.training.ema import EMA
-from helpers.training.nonfinite import Passed, all_finite, describe, gradient_norm
+from helpers.training.nonfinite import Passed, all_finite, describe, gradient_norm, reports
 from helpers.training.optimizers import restore_state
 from helpers.training.requests import Requests
 from helpers.training.schedules import LearningRate
@@ -45,6 +47,7 @@ class Run:
     generator: torch.Generator
     ema: EMA | None = None
     max_nonfinite_steps: int = 5
+    processes: Processes = field(default_factory=Processes)
     step: int = 0
     position: Position = field(default_factory=lambda: Position(0, 0))
     skipped_in_a_row: int = 0  # the steps just done whose loss or gradient was not finite
@@ -62,7 +65,13 @@ class Run:
         """Within it the UNet has the averaged weights, where they are kept; afterwards its own, bit for bit."""
         return self.ema.in_place() if self.ema else nullcontext()
 
+    def asked_to_stop(self) -> bool:
+        """Whether any process is; all of them learn it here, and so must come here together."""
+        self.requests.stop = self.processes.highest(self.requests.stop or 0) or None
+        return self.requests.stop is not None
+
     def state(self) -> dict[str, Any]:
+        """The same in all processes, which must come here together."""
         kind = self.accelerator.device.type
         return {
             "step": self.step,
@@ -72,8 +81,7 @@ class Run:
             "ema": self.ema.state() if self.ema else None,
             "device": kind,
             "generator": self.generator.get_state(),
-            "torch_rng": torch.get_rng_state(),
-            "device_rng": None if kind == "cpu" else getattr(torch, kind).get_rng_state(),
+            "rng": [tuple(map(_as_bytes, own)) for own in self.processes.gather(_dropout_state(kind))],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -87,15 +95,17 @@ class Run:
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # checkpoints of before have none
         restore_state(self.optimizer, state["optimizer"])
         self._restore_ema(state.get("ema"))
-        kind = self.accelerator.device.type
+        kind, rank, fresh = self.accelerator.device.type, self.processes.rank, self.generator.initial_seed() + self.step
         if state["device"] != kind:
             print(f"The checkpoint is from a {state['device']} device: from here on other random numbers are drawn.")
-            self.generator.manual_seed(self.generator.initial_seed() + self.step)
+            self.generator.manual_seed(fresh)
             return
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["torch_rng"])
-        if state["device_rng"] is not None:
-            getattr(torch, kind).set_rng_state(state["device_rng"])
+        if rank < len(state["rng"]):
+            for source, own in zip(_dropout_sources(kind), state["rng"][rank]):
+                source.set_rng_state(own)
+        else:  # fewer processes made it
+            torch.manual_seed(fresh + rank)
 
     def _restore_ema(self, state: dict[str, Any] | None) -> None:
         if self.ema and state:
@@ -105,6 +115,19 @@ class Run:
             print("USE_EMA (--use_ema): the checkpoint has no averaged weights; they begin at its trained ones.")
         elif state:
             print("USE_EMA (--use_ema) is off: the averaged weights of the checkpoint are dropped.")
+
+
+def _dropout_sources(kind: str) -> list[ModuleType]:
+    """Where the random numbers of dropout come from, on a device of this kind."""
+    return [torch] if kind == "cpu" else [torch, getattr(torch, kind)]
+
+
+def _dropout_state(kind: str) -> list[list[int]]:
+    return [source.get_rng_state().tolist() for source in _dropout_sources(kind)]
+
+
+def _as_bytes(numbers: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.uint8)
 
 
 def train(
@@ -124,25 +147,26 @@ def train(
     parameters = trainable_parameters(run.unet)
     run.unet.train()  # diffusers loads in eval mode, in which neither dropout nor gradient checkpointing acts
     with Progress(run) as progress:
-        while not run.finished and run.requests.stop is None:
+        while not run.finished and not run.asked_to_stop():
             rate = run.learning_rate.at(run.step)
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             passes = []
             for _ in range(run.accelerator.gradient_accumulation_steps):
                 position, batch = next(batches)
+                run.processes.pulse.reached += 1
                 passes.append(_passed(run, batch.to(run.accelerator.device)))
-            norm = _clipped(run, parameters)
-            if all_finite(passes, norm):
+            norm, losses = _clipped(run, parameters), _losses(run, passes)
+            if all_finite(losses, norm):
                 run.optimizer.step()
                 if run.ema:
                     run.ema.update()
                 run.skipped_in_a_row = 0
             else:
-                _skip(run, passes, norm, parameters[0].dtype)
+                _skip(run, passes, losses, norm, parameters[0].dtype)
             run.optimizer.zero_grad()
             run.position, run.step = position, run.step + 1
-            progress.end_step(rate, passes)
+            progress.end_step(rate, losses, passes)
             for call in after_step:
                 call(run)
 
@@ -152,8 +176,18 @@ def _passed(run: Run, batch: Batch) -> Passed:
     with run.accelerator.accumulate(run.unet):
         with run.accelerator.autocast():
             loss, timesteps = training_loss(run.parts, run.unet, batch, run.generator)
+        if batch.share:
+            loss = loss * batch.share.weight
         run.accelerator.backward(loss)
-    return Passed(batch.uses, loss.detach(), timesteps, batch.prompt_embeds.sum((1, 2), dtype=torch.float32))
+    images = batch.share.total if batch.share else len(batch.uses)
+    text = batch.prompt_embeds.sum((1, 2), dtype=torch.float32)
+    return Passed(batch.uses, images, loss.detach(), timesteps, text)
+
+
+def _losses(run: Run, passes: Sequence[Passed]) -> torch.Tensor:
+    """The loss of each pass, over the images of all processes."""
+    own = torch.stack([one.loss for one in passes])
+    return own if run.processes.count == 1 else run.accelerator.reduce(own, "mean")
 
 
 def _clipped(run: Run, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
@@ -163,15 +197,20 @@ def _clipped(run: Run, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor
     return gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
-def _skip(run: Run, passes: Sequence[Passed], norm: torch.Tensor, trained: torch.dtype) -> None:
+def _skip(
+    run: Run, passes: Sequence[Passed], losses: torch.Tensor, norm: torch.Tensor, trained: torch.dtype
+) -> None:
     """Tell of a step that cannot be made, and end the run where there were too many in a row."""
+    require_finite(run)  # else it is no image's fault
     run.skipped_in_a_row += 1
     computed = torch.bfloat16 if run.accelerator.mixed_precision == "bf16" else run.parts.unet.dtype
-    what, step = describe(passes, norm, computed, trained), run.step + 1
+    told = [one for process in run.processes.gather(reports(passes)) for one in process]
+    what, step = describe(losses, norm, told, computed, trained), run.step + 1
     if run.skipped_in_a_row > run.max_nonfinite_steps:
         limit = f"{run.max_nonfinite_steps} such steps in a row (MAX_NONFINITE_STEPS, --max_nonfinite_steps) may be"
         raise NonFiniteLoss(_broken(f"Step {step}: {what}\nNo more than {limit} skipped"))
-    tqdm.write(f"Step {step} is skipped, {run.skipped_in_a_row} in a row: {what}", file=sys.stderr)
+    if run.processes.is_first:
+        tqdm.write(f"Step {step} is skipped, {run.skipped_in_a_row} in a row: {what}", file=sys.stderr)
 
 
 def require_finite(run: Run) -> None:
@@ -198,6 +237,13 @@ def curves(run: Run) -> Iterator[None]:
             raise
         run.accelerator.trackers.clear()
         tqdm.write(f"No space is left for curves, which end here at step {run.step:,}. Training goes on.")
+
+
+def close_curves(run: Run) -> None:
+    # Not accelerate's `end_training`, which parts the processes too.
+    with curves(run):
+        for tracker in run.accelerator.trackers:
+            tracker.finish()
 
 
 @dataclass(frozen=True)
@@ -238,11 +284,11 @@ class Progress:
         finally:
             self.bar.close()
 
-    def end_step(self, rate: float, passes: Sequence[Passed]) -> None:
+    def end_step(self, rate: float, losses: torch.Tensor, passes: Sequence[Passed]) -> None:
         """Note a step. One that was skipped has no place on a curve."""
         if not self.run.skipped_in_a_row:
-            self.waiting.append((self.run.step, rate, torch.stack([one.loss for one in passes]).mean()))
-            self.samples += sum(len(one.uses) for one in passes)
+            self.waiting.append((self.run.step, rate, losses.mean()))
+            self.samples += sum(one.images for one in passes)
         if time.monotonic() - self.drawn >= REPORT_SECONDS or self.run.finished:
             self.draw()
 

@@ -18,20 +18,22 @@ class Passed:
     """What a forward and backward pass leaves behind, on the device.
 
     Attributes:
-        loss: a scalar.
+        images: of all processes.
+        loss: a scalar; among several processes with the weight of its images in their mean.
         timesteps: int64 `[B]`.
         text: the sum of each embedding, float32 `[B]`: not finite where one of its values is not.
     """
 
     uses: tuple[Use, ...]
+    images: int
     loss: Tensor
     timesteps: Tensor
     text: Tensor
 
 
-def all_finite(passes: Sequence[Passed], norm: Tensor) -> bool:
+def all_finite(losses: Tensor, norm: Tensor) -> bool:
     """Whether the losses and the gradient's norm are finite: the one time in a step that a GPU is waited for."""
-    return bool(torch.stack([norm.float(), *(one.loss for one in passes)]).isfinite().all())
+    return bool(torch.cat([norm.float().reshape(1), losses]).isfinite().all())
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -39,20 +41,32 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)
 
 
-def describe(passes: Sequence[Passed], norm: Tensor, computed: torch.dtype, trained: torch.dtype) -> str:
+def reports(passes: Sequence[Passed]) -> list[tuple[bool, list[str]]]:
+    """Of each pass whether its loss is finite, and the lines that tell its images: plain values, for other processes."""
+    return [(math.isfinite(one.loss.item()), _lines(one)) for one in passes]
+
+
+def describe(
+    losses: Tensor,
+    norm: Tensor,
+    told: Sequence[tuple[bool, list[str]]],
+    computed: torch.dtype,
+    trained: torch.dtype,
+) -> str:
     """What was not finite, in which dtypes, and the images, captions and timesteps that it came from.
 
     Args:
+        told: the `reports` of all passes, of all processes.
         computed, trained: the dtypes of the forward pass and of what is trained.
     """
-    losses = [one.loss.item() for one in passes]
-    of_loss = [one for one, loss in zip(passes, losses) if not math.isfinite(loss)]
-    if of_loss:
-        what = f"the loss is {next(loss for loss in losses if not math.isfinite(loss))}"
+    spoilt = losses[~losses.isfinite()]
+    if len(spoilt):
+        what = f"the loss is {spoilt[0].item()}"
     else:
-        what = f"the loss is {sum(losses) / len(losses):.4g}, but the gradient's norm is {norm.item()}"
-    lines = [line for one in of_loss or passes for line in _lines(one)]
-    return f"{what} (computed in {computed}, trained in {trained}). It came from:\n" + "\n".join(lines)
+        what = f"the loss is {losses.mean().item():.4g}, but the gradient's norm is {norm.item()}"
+    guilty = [lines for finite, lines in told if not finite] or [lines for _, lines in told]
+    lines = "\n".join(line for some in guilty for line in some)
+    return f"{what} (computed in {computed}, trained in {trained}). It came from:\n{lines}"
 
 
 def _lines(one: Passed) -> list[str]:

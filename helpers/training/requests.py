@@ -1,7 +1,7 @@
 """What is asked of a run from outside while it goes, and how it goes on afterwards. Without torch, to be heard early.
 
-The first SIGINT or SIGTERM, or a file `stop` in the output folder, ends the run in good order: after the step in
-progress, saved. The second one ends it at once. SIGUSR1 asks for a checkpoint after the step.
+The first SIGINT, SIGTERM or SIGHUP, or a file `stop` in the output folder, ends the run in good order: after the step
+in progress, saved. The second SIGINT or SIGTERM ends it at once. SIGUSR1 asks for a checkpoint after the step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,7 +23,10 @@ COMMAND_MARK = "FLOYDTUNER_COMMAND"
 LAUNCHER_MARK = "ACCELERATE_MIXED_PRECISION"
 """Set by `accelerate launch`, which hands no signal on to the process that it starts."""
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_ENDING = (signal.SIGINT, signal.SIGTERM)
+_ECHO_SECONDS = 0.3
+"""So long the same wish may come again, from what stands between: `timeout` sends its signal twice, launchers hand
+on the Ctrl-C that the terminal sent already. A person who reads what is said takes longer."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,7 +54,9 @@ class Requests:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Within it signals are answered. One that asks to stop raises Interrupted, unless `deferred`."""
-        answers = {number: self._on_stop for number in _STOPPING} | {signal.SIGUSR1: self._on_save}
+        answers = {number: self._on_stop for number in (*_ENDING, signal.SIGHUP)} | {signal.SIGUSR1: self._on_save}
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # by nohup: the terminal may go, the run is to go on
+            del answers[signal.SIGHUP]
         before = {number: signal.signal(number, answer) for number, answer in answers.items()}
         try:
             yield
@@ -81,6 +87,8 @@ class Requests:
             self._ask_to_stop(signal.SIGTERM)
 
     def _on_stop(self, number: int, frame: object) -> None:
+        if self.stop is not None:  # an echo; or the terminal is closed while the run saves
+            return
         self._ask_to_stop(number)
         if not self._deferring:
             raise Interrupted(number)
@@ -92,7 +100,8 @@ class Requests:
 
     def _ask_to_stop(self, number: int) -> None:
         self.stop = number
-        for each in _STOPPING:
+        time.sleep(_ECHO_SECONDS)
+        for each in _ENDING:
             signal.signal(each, signal.SIG_DFL)
         first = "saving after this step" if self._deferring else "ending, with what is cached so far"
         _say(f"Interrupted: {first}. Once more ends it at once, unsaved.")

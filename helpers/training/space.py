@@ -18,6 +18,7 @@ from helpers.models.spec import Spec
 from helpers.models.text import T5
 from helpers.sizes import Size
 from helpers.training import checkpoints, memory
+from helpers.training.memory import Saved
 from helpers.training.memory_report import setup_of, shown
 
 
@@ -57,20 +58,29 @@ def cache_needs(
     return [need for need in needs if need.nbytes]
 
 
-def output_needs(config: Config, spec: Spec, architecture: Path, base: Path | None) -> list[Need]:
+def saved_sizes(config: Config, spec: Spec, architecture: Path) -> Saved:
+    """What one checkpoint takes, and the weights in it."""
+    return memory.saved(setup_of(config, spec, architecture, Size(64, 64)))  # of images of any size
+
+
+def require_one_checkpoint(output: Path, saved: Saved) -> None:
+    """See that there is room for one more.
+
+    Raises:
+        DiskFull: there is not.
+    """
+    free = free_bytes(output)
+    if free is not None and free < saved.checkpoint:
+        raise DiskFull("one more checkpoint", output, saved.checkpoint)
+
+
+def output_needs(config: Config, saved: Saved, base: Path | None) -> list[Need]:
     """Checkpoints on top of those that are there, one more than are kept since the oldest one goes last; the result.
 
     Args:
         base: the folder with the model's files, as far as they are at hand.
-
-    Raises:
-        DiskFull: there is no room for even one more checkpoint.
     """
     output, limit = config.run.output_dir, config.run.checkpoints_total_limit
-    saved = memory.saved(setup_of(config, spec, architecture, Size(64, 64)))  # of images of any size
-    free = free_bytes(output)
-    if free is not None and free < saved.checkpoint:
-        raise DiskFull("one more checkpoint", output, saved.checkpoint)
     number = max(1, limit + 1 - len(checkpoints.found(output)))
     kept = f"CHECKPOINTING_LIMIT + 1, less those that are there: {number}" if limit else "of all that are kept, 1"
     result = saved.trained

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from helpers.data.collate import Batch
 from helpers.diffusion import timesteps
+from helpers.diffusion.draws import Draws
 from helpers.diffusion.noising import add_noise, gaussian
 from helpers.models.parts import Parts
 
@@ -31,14 +32,15 @@ def training_loss(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: 
     Args:
         unet: the UNet of `parts`, possibly wrapped for several processes.
         batch: on the UNet's device.
-        generator: gives noise and timesteps; on the same device.
+        generator: gives noise and timesteps; on the same device, and in the same state in all processes.
     """
+    draws = Draws(generator, batch.share)
     x = parts.spec.space.encode(batch.images)
-    noise = gaussian(x.shape, parts.noise_offset, generator)
-    t = timesteps.draw(parts.timestep_weights, len(x), generator)
+    noise = gaussian(x.shape, parts.noise_offset, draws)
+    t = timesteps.draw(parts.timestep_weights, len(x), draws)
     # Everything around the UNet is float32; only what goes into it takes its dtype.
     x_t = add_noise(parts.schedule, x, noise, t)
-    unet_input, class_labels = parts.spec.conditioning(x_t, batch.images, parts.low_res_schedule, generator)
+    unet_input, class_labels = parts.spec.conditioning(x_t, batch.images, parts.low_res_schedule, draws)
     dtype = parts.unet.dtype
     # No attention mask: IF's pipelines never pass one, and the UNet was trained to see all positions.
     output = unet(unet_input.to(dtype), t, batch.prompt_embeds.to(dtype), class_labels=class_labels).sample

@@ -213,6 +213,13 @@ def test_captions_of_a_damaged_shard_are_told_as_such(tmp_path, capsys):
     assert "(2 of a damaged shard, 1 new)" in told(tmp_path, ["a", "b", "c"], capsys)
 
 
+def test_captions_of_a_shard_that_does_not_name_them_any_more_are_not_called_new(tmp_path, capsys):
+    cache = built(tmp_path, ["a", "b"])
+    [shard] = cache.store.folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:40])
+    assert "(3 new or of a damaged shard)" in told(tmp_path, ["a", "b", "c"], capsys)
+
+
 def test_other_peoples_files_in_the_folder_do_not_disturb(tmp_path, capsys):
     (tmp_path / "notes").mkdir()
     for name in ("readme.txt", f"{'0' * 40}.safetensors", f"{'1' * 40}.safetensors"):

@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import hashlib
 import json
 import os
 import subprocess
@@ -161,6 +162,28 @@ def test_a_damaged_shard_is_named_and_its_records_are_made_again(tmp_path, damag
     assert all(np.array_equal(read(again, number), record(number)) for number in range(5))
 
 
+NO_SHARDS = {
+    "nothing": lambda shard: b"",
+    "a page": lambda shard: b"<html>not found</html>",
+    "a length beyond the end": lambda shard: b"\xff" * 8 + b"{}",
+    "ten thousand levels": lambda shard: (10_000).to_bytes(8, "little") + b"[" * 10_000,
+    "a list": lambda shard: (2).to_bytes(8, "little") + b"[]",
+    "records beyond the end": lambda shard: shard[:-1],
+    "a record that has no place": lambda shard: shard.replace(b'"data_offsets"', b'"data_offzets"'),
+}
+
+
+@pytest.mark.parametrize("content", NO_SHARDS.values(), ids=NO_SHARDS.keys())
+def test_a_file_that_is_no_shard_under_the_name_of_its_hash_counts_as_damaged(tmp_path, content):
+    filled(tmp_path, range(3))
+    [shard] = shards(tmp_path)
+    bad = content(shard.read_bytes())
+    path = tmp_path / f"{hashlib.sha256(bad).hexdigest()[:40]}.safetensors"
+    path.write_bytes(bad)
+    store = ShardStore(tmp_path, RECIPE)
+    assert store.damaged == (path,) and len(store) == 3 and not store.damaged_keys() - {key(0), key(1), key(2)}
+
+
 def test_a_damaged_shard_stays_until_its_records_were_made_again(tmp_path):
     filled(tmp_path, range(3))
     [bad] = shards(tmp_path)
@@ -191,7 +214,7 @@ def test_no_damaged_shard_is_deleted_while_another_run_publishes(tmp_path):
     [bad] = shards(tmp_path)
     os.truncate(bad, 100)
     store = ShardStore(tmp_path, RECIPE)
-    with store_module._locked(tmp_path, fcntl.LOCK_SH) as locked:
+    with store_module.locked(tmp_path, fcntl.LOCK_SH) as locked:
         assert locked
         store.drop_damaged()
         assert bad.exists()

@@ -56,6 +56,8 @@ def test_importing_the_module_does_not_import_diffusers() -> None:
         ("jc6640", {"jc6640"}),
         ("my_dog_v2.png", {"my_dog_v2", "png"}),
         ("写真の犬", {"写真の犬"}),
+        ("a photo of <sks> dog", {"sks"}),
+        ("a photo of <new-sks-2>.<br>a <i>red</i> dog", {"new", "2", "sks"}),
         ("a <b>bold</b> cat @someone https://example.org/cat", set()),
     ],
 )

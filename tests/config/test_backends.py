@@ -72,6 +72,16 @@ def test_disabled_entries_are_left_out_and_their_folder_may_be_missing(read, key
     assert [image.id for image in backends.images] == ["a"]
 
 
+def test_results_that_would_become_training_images_are_refused(read, tmp_path):
+    flag = f"--output_dir={tmp_path}/link/output"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    for folder in ("images", "images/../images", "."):
+        [problem] = problems_of(read, {"id": "a", "instance_data_dir": str(tmp_path / folder)}, flags=[flag])
+        assert "OUTPUT_DIR" in problem and "pictures would be trained on" in problem
+    assert read({"id": "a", "instance_data_dir": str(tmp_path / "images")}, flags=[f"--output_dir={tmp_path}/images2"])
+
+
 def test_aspects_are_numbers_or_weighted(read):
     entry = {"id": "a", "crop_aspect": "random", "crop_aspect_buckets": [1, {"aspect": 0.75, "weight": 2}]}
     assert read(entry).images[0].crop_aspect_buckets == (AspectBucket(1.0, 1.0), AspectBucket(0.75, 2.0))
@@ -116,7 +126,7 @@ def test_a_wrong_key_is_named_with_its_entry(read, entry, words):
     ([TEXT], "there is no dataset of images"),
     ([{"id": "a", "disabled": True}], "there is no dataset of images"),
     ([{}], "entry number 1, key \"id\": is not set"),
-    ([{"id": "a"}, {"id": "e", "dataset_type": "conditioning", "instance_data_dir": "/tmp"}], "remove the entry"),
+    ([{"id": "a"}, {"id": "e", "dataset_type": "conditioning", "instance_data_dir": "/usr"}], "remove the entry"),
 ])
 def test_entries_must_fit_together(read, entries, words):
     problems = problems_of(read, *entries)

@@ -67,8 +67,7 @@ def test_accelerate_is_used_only_for_what_needs_it(environ, exports):
     ({"USE_XFORMERS": "true", "ATTENTION_MECHANISM": "sdpa"}, "contradict each other"),
     ({"MINIMUM_RESOLUTION": "64", "MINIMUM_IMAGE_SIZE": "72"}, "contradict each other"),
     ({"TRAINING_NUM_PROCESSES": "many"}, "export TRAINING_NUM_PROCESSES: found 'many', needs a whole number"),
-    ({"TRAINING_NUM_PROCESSES": "2"}, "export TRAINING_NUM_PROCESSES: found 2, but one process trains for now"),
-    ({"TRAINING_NUM_MACHINES": "2"}, "gradient_accumulation_steps for larger batches: set it to 1"),
+    ({"TRAINING_NUM_MACHINES": "2"}, "all processes train on one machine: set it to 1"),
     ({"TEXT_ENCODER_BATCHSIZE": "2"}, "did you mean TEXT_ENCODER_BATCH_SIZE?"),
     ({"TRAINER_EXTRA_ARGS": "--help"}, "type ./train.sh --help"),
     ({"TRAINER_EXTRA_ARGS": "'open"}, "export TRAINER_EXTRA_ARGS"),
@@ -99,7 +98,7 @@ def test_options_that_share_a_prefix_with_refused_names_pass(environ):
 
 def test_problems_of_exports_flags_and_files_come_together(environ, tmp_path):
     (tmp_path / "backends.json").write_text('[{"id": "a", "instance_data_dir": "/nowhere"}]', encoding="utf-8")
-    exports = {"VALIDATION_STEP": "5", "LORA_RANK": "x", "TRAINING_NUM_PROCESSES": "2", "ACCELERATE_EXTRA_ARGS": "'"}
+    exports = {"VALIDATION_STEP": "5", "LORA_RANK": "x", "TRAINING_NUM_MACHINES": "2", "ACCELERATE_EXTRA_ARGS": "'"}
     assert len(problems_of(environ | exports, "--lr_ned=3")) == 6
 
 

@@ -350,10 +350,11 @@ def test_an_entrys_own_wrong_value_is_named_beside_that_of_the_flag(all_problems
     ]
 
 
-def test_several_processes_of_a_launcher_are_refused(all_problems):
-    assert all_problems({"id": "a"}, LOCAL_RANK="0", WORLD_SIZE="1") == ()
-    (problem,) = all_problems({"id": "a"}, LOCAL_RANK="0", WORLD_SIZE="2")
-    assert "found 2 processes" in problem and "gradient_accumulation_steps" in problem
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_splitting_a_model_over_gpus_is_refused_in_words(all_problems, name):
+    assert all_problems({"id": "a"}, **{f"ACCELERATE_USE_{name}": "false"}) == ()
+    (problem,) = all_problems({"id": "a"}, **{f"ACCELERATE_USE_{name}": "true"})
+    assert name.lower() in problem.lower() and "LoRA and full alike" in problem and "TRAINING_NUM_PROCESSES" in problem
 
 
 def test_a_model_type_that_is_no_text_is_one_problem(tmp_path):

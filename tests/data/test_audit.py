@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,28 @@ def test_another_images_caption_is_not_taken_for_a_misnamed_one(folder):
     assert "which is not read" not in only(folder, "a.jpg", "no caption").reason
 
 
+def test_misnamed_captions_of_a_large_dataset_are_looked_up_in_no_time(folder):
+    picture(folder / "0.png", 1)
+    for number in range(4_000):
+        (folder / f"{number}.caption").write_text("a cat")
+        if number:
+            (folder / f"{number}.png").hardlink_to(folder / "0.png")
+    began = time.perf_counter()
+    remedies = {finding.remedy for finding in audit(folder).findings if finding.kind == "no caption"}
+    assert {f"rename {number}.caption to {number}.txt" for number in range(4_000)} == remedies
+    assert time.perf_counter() - began < 20, "one look at the folder for each of them took a minute"
+
+
 @pytest.mark.parametrize("content", ["", " \n\t\n"])
 def test_an_empty_caption_is_told(folder, content):
     captioned(folder / "a.png", 1, content)
     assert "a.txt is empty" in only(folder, "a.png", "no caption").reason
+
+
+def test_a_caption_of_another_encoding_is_to_be_saved_as_utf_8(folder):
+    picture(folder / "a.png", 1).with_suffix(".txt").write_bytes("ein Kätzchen".encode("latin-1"))
+    finding = only(folder, "a.png", "no caption")
+    assert "a.txt is not UTF-8" in finding.reason and finding.remedy == "save it as UTF-8"
 
 
 def test_text_files_that_are_not_read_because_names_are_the_captions_are_told(folder):
@@ -110,6 +129,7 @@ def test_text_files_that_are_not_read_because_names_are_the_captions_are_told(fo
 @pytest.mark.parametrize("caption, keys, words", [
     ("a photo of jc6640 dog", {}, ["the word 'jc6640'", "a photo of jc6640 dog"]),
     ("a dog", {"instance_prompt": "JC6640", "prepend_instance_prompt": True}, ["the trigger word 'jc6640'"]),
+    ("a dog", {"instance_prompt": "<sks>", "prepend_instance_prompt": True}, ["the trigger word 'sks'"]),
 ])
 def test_a_word_that_cleaning_erases_is_named(folder, caption, keys, words):
     (folder / "good.txt").write_text(caption)
@@ -153,6 +173,12 @@ def test_images_that_cannot_be_decoded_are_found_by_decoding_them(folder):
     found = findings(folder)
     assert set(found) == {("cut.jpg", "unreadable"), ("page.jpg", "unreadable")}
     assert "truncated" in found["cut.jpg", "unreadable"].reason and "web page" in found["page.jpg", "unreadable"].reason
+
+
+def test_what_a_disk_or_a_permission_holds_back_is_not_to_be_replaced(folder):
+    (folder / "a.png").symlink_to("nowhere")
+    finding = only(folder, "a.png", "unreadable")
+    assert "No such file" in finding.reason and "permissions" in finding.remedy
 
 
 def test_duplicates_are_named_with_what_they_are_duplicates_of(folder):
@@ -225,7 +251,8 @@ def test_used_and_left_out_are_what_was_found_and_what_training_uses(tmp_path, s
         place = folder / draw.choice(["", "sub", "sub/deeper"])
         place.mkdir(parents=True, exist_ok=True)
         KINDS[kind](place / f"{number}", seed=number)
-    keys = {"minimum_image_size": draw.choice([None, 16, 64]), "caption_strategy": draw.choice(["textfile", "filename"])}
+    strategy = draw.choice(["textfile", "filename"])
+    keys = {"minimum_image_size": draw.choice([None, 16, 64]), "caption_strategy": strategy}
     audited = audit(folder, **keys)
     used = {record.path for record in audited.dataset.records}
     left_out = {entry.path for entry in audited.dataset.left_out}

@@ -51,6 +51,13 @@ def test_every_key_of_an_entry_reaches_the_rules(tmp_path):
     assert {name: getattr(rules, name) for name in VALUES} == VALUES and rules.alignment == 16
 
 
+def test_an_epoch_that_no_memory_holds_is_refused():
+    images = [record("a.png", Size(200, 200)), record("b.png", Size(200, 200))]
+    with pytest.raises(DatasetError, match="'set': found 999,999,999 repeats.* sees 2 images 2,000,000,000 times"):
+        dataset(SQUARE, *images, repeats=999_999_999)
+    assert dataset(SQUARE, *images, repeats=99_999_999).repeats == 99_999_999
+
+
 def test_aspects_reach_the_rules_with_their_weights(tmp_path):
     aspects = [1.0, {"aspect": 0.5, "weight": 3}]
     entry = backend(tmp_path, resolution=64, crop_aspect="random", crop_aspect_buckets=aspects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import socket
 import unicodedata
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from PIL import Image
 from helpers.data import scan as module
 from helpers.data.scan import Captions, DatasetError, LeftOut, Scan, scan, write_left_out
 from helpers.files import printable
+from helpers.images import loading
 from helpers.sizes import Size
 
 BY_NAME = Captions("filename")
@@ -356,6 +359,26 @@ def test_lines_of_an_index_that_make_no_sense_are_skipped(folder: Path, index: P
     header = index.read_bytes().splitlines()[0]
     index.write_bytes(header + b"\n" + line + b"\n")
     assert scan("images", folder, index, BY_NAME) == first and len(opened) == 2
+
+
+def test_a_file_that_a_disk_failed_to_give_is_opened_again_the_next_time(folder, index, monkeypatch):
+    picture(folder / "a.png")
+    picture(folder / "b.png")
+    for where, name in ((loading, "_identified"), (module, "content_hash")):
+        real = getattr(where, name)
+
+        def fails(file: Path | BinaryIO) -> object:
+            if Path(file.name).name == "b.png":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return real(file)
+
+        with monkeypatch.context() as disk:
+            disk.setattr(where, name, fails)
+            assert reasons(scan("images", folder, index, BY_NAME), folder) == {
+                "b.png": "cannot be read: Input/output error"
+            }
+        assert used(scan("images", folder, index, BY_NAME), folder) == ["a.png", "b.png"]
+        index.unlink()
 
 
 def test_an_interrupted_scan_goes_on_where_it_stopped(

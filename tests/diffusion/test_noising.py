@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
+from helpers.diffusion.draws import Draws
 from helpers.diffusion.noising import add_noise, gaussian, posterior_mean, predict_x_0, schedule_from_betas
 
 SCHEDULER = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
@@ -77,7 +78,7 @@ def test_posterior_mean_agrees_with_bayes_rule(schedule, t):
 def test_offset_noise_is_drawn_afresh_for_each_channel_of_each_image():
     generator = torch.Generator().manual_seed(0)
     shape = (500, 3, 32, 32)
-    plain, offset = (gaussian(shape, strength, generator) for strength in (0.0, 0.5))
+    plain, offset = (gaussian(shape, strength, Draws(generator)) for strength in (0.0, 0.5))
     assert plain.mean(dim=(2, 3)).std() == pytest.approx(1 / 32, rel=0.1)
     means = offset.mean(dim=(2, 3))
     assert means.std() == pytest.approx((0.5**2 + 1 / 32**2) ** 0.5, rel=0.1)
@@ -86,5 +87,5 @@ def test_offset_noise_is_drawn_afresh_for_each_channel_of_each_image():
 
 
 def test_without_offset_the_noise_is_plain():
-    drawn = gaussian((2, 3, 4, 4), 0.0, torch.Generator().manual_seed(1))
+    drawn = gaussian((2, 3, 4, 4), 0.0, Draws(torch.Generator().manual_seed(1)))
     assert torch.equal(drawn, torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(1)))

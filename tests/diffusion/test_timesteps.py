@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.diffusion.draws import Draws
 from helpers.diffusion.timesteps import TimestepBias, draw
 
 DRAWS = 40_000
@@ -11,7 +12,7 @@ DRAWS = 40_000
 def histogram(bias: TimestepBias, batch_size: int = 100) -> torch.Tensor:
     """The share of draws in each tenth of the timesteps, `[10]`, drawn in batches of this size."""
     generator, weights = torch.Generator().manual_seed(0), bias.weights(1000)
-    t = torch.cat([draw(weights, batch_size, generator) for _ in range(DRAWS // batch_size)])
+    t = torch.cat([draw(weights, batch_size, Draws(generator)) for _ in range(DRAWS // batch_size)])
     assert t.dtype == torch.int64 and 0 <= t.min() and t.max() <= 999
     return torch.histc(t.float(), 10, 0, 1000) / len(t)
 
@@ -33,14 +34,14 @@ def test_a_bias_shows_at_every_batch_size(strategy, tenths, batch_size):
 def test_what_has_no_weight_is_never_drawn():
     weights = torch.zeros(1000)
     weights[[0, 998]] = torch.tensor([1e-3, 3e-3])
-    t = draw(weights, DRAWS, torch.Generator().manual_seed(0))
+    t = draw(weights, DRAWS, Draws(torch.Generator().manual_seed(0)))
     assert set(t.tolist()) == {0, 998}
     assert (t == 998).float().mean().item() == pytest.approx(0.75, abs=0.01)
 
 
 def test_drawing_reads_nothing_back_from_the_device():
     """On the meta device there are no values to read, as on a GPU they are not there yet."""
-    t = draw(torch.ones(1000, device="meta"), 1, None)
+    t = draw(torch.ones(1000, device="meta"), 1, Draws(None))
     assert t.device.type == "meta" and t.shape == (1,) and t.dtype == torch.int64
 
 

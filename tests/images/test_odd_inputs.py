@@ -112,6 +112,7 @@ def in_srgb(colour: tuple[int, int, int], colorants: np.ndarray, gamma: float) -
         (b"", NotAnImage, "empty"),
         (b"<!DOCTYPE html><html><body>404</body></html>", NotAnImage, "web page"),
         (b"\xef\xbb\xbf\n <HTML>404", NotAnImage, "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", NotAnImage, "git lfs pull"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100), Unreadable, "HEIC"),
         (b"<?xml version='1.0'?><svg xmlns='http://www.w3.org/2000/svg'/>", Unreadable, "SVG"),
         (b"\x89PNG\r\n\x1a\n" + bytes(40), Unreadable, "PNG with a damaged header"),

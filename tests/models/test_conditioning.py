@@ -6,6 +6,7 @@ from diffusers import DDPMScheduler, IFSuperResolutionPipeline
 from PIL import Image
 
 from helpers.config.families import DEEPFLOYD_II
+from helpers.diffusion.draws import Draws
 from helpers.diffusion.noising import schedule_from_betas
 from helpers.images.geometry import Rules, plans
 from helpers.models import loading
@@ -29,14 +30,14 @@ def images(count: int, size: tuple[int, int] = SIZE) -> torch.Tensor:
 def conditioned(schedule, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x_t given, the low-res channels and the levels."""
     x_t = torch.zeros(count, 3, *size)
-    joined, level = NoisedLowRes()(x_t, images(count, size), schedule, torch.Generator().manual_seed(1))
+    joined, level = NoisedLowRes()(x_t, images(count, size), schedule, Draws(torch.Generator().manual_seed(1)))
     assert torch.equal(joined[:, :3], x_t)
     return x_t, joined[:, 3:], level
 
 
 def test_stage_i_gets_nothing_but_x_t():
     x_t = torch.randn(2, 3, 8, 8)
-    assert TextOnly()(x_t, images(2), None, torch.Generator()) == (x_t, None)
+    assert TextOnly()(x_t, images(2), None, Draws(torch.Generator())) == (x_t, None)
 
 
 def test_the_low_resolution_is_what_pillow_makes_of_the_image():
@@ -91,7 +92,7 @@ def test_its_noise_and_its_levels_are_its_own(schedule):
     generator = torch.Generator().manual_seed(3)
     eps = torch.randn(400, 3, *SIZE, generator=generator)
     t = torch.randint(1000, (400,), generator=generator)
-    joined, level = NoisedLowRes()(eps, images(400), schedule, generator)
+    joined, level = NoisedLowRes()(eps, images(400), schedule, Draws(generator))
     signal = schedule.sqrt_alphas_cumprod[level].view(-1, 1, 1, 1) * upscale(reduce(images(400), 4), SIZE)
     noise = (joined[:, 3:] - signal) / schedule.sqrt_one_minus_alphas_cumprod[level].view(-1, 1, 1, 1)
     assert abs(torch.corrcoef(torch.stack([noise.flatten(), eps.flatten()]))[0, 1]) < 0.01
@@ -101,7 +102,7 @@ def test_its_noise_and_its_levels_are_its_own(schedule):
 
 def test_levels_are_uniform_over_all_timesteps(schedule):
     x_t, tiny = torch.zeros(20_000, 3, 4, 4), images(20_000, (4, 4))
-    _, level = NoisedLowRes()(x_t, tiny, schedule, torch.Generator().manual_seed(4))
+    _, level = NoisedLowRes()(x_t, tiny, schedule, Draws(torch.Generator().manual_seed(4)))
     counts = torch.histc(level.float(), 10, 0, 1000)
     assert counts.min() > 1800 and counts.max() < 2200
     assert (level.min(), level.max()) == (0, 999)

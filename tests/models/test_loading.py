@@ -108,6 +108,16 @@ def test_a_damaged_config_is_named(model):
         loading.check(DEEPFLOYD_I, SPEC, model)
 
 
+@pytest.mark.parametrize("name", ["scheduler", "image_noising_scheduler"])
+def test_a_schedule_that_the_pipeline_does_not_list_is_told_before_training_not_at_the_export(model_ii, name):
+    path = model_ii / "model_index.json"
+    index = json.loads(path.read_text())
+    for listed in ({}, {name: None}, {name: [None, None]}):
+        path.write_text(json.dumps({key: value for key, value in index.items() if key != name} | listed))
+        with pytest.raises(WeightsError, match=f"does not list the component {name}"):
+            loading.check(DEEPFLOYD_II, SPEC_II, model_ii)
+
+
 @pytest.mark.parametrize("name", ["/nowhere/model", "./model", "model", "a/b/c"])
 def test_a_folder_that_is_not_there_is_no_hub_id(name):
     with pytest.raises(WeightsError, match="there is no folder"):

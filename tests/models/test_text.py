@@ -1,3 +1,5 @@
+import os
+import random
 import shutil
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 from diffusers import IFPipeline
 
 from helpers.models.families import SPECS
+from helpers.models.fingerprints import fingerprint_files
 
 TEXT = SPECS["deepfloyd-i"].text
 CAPTIONS = ["A Photo of a RED Circle!", "", "blurry, ugly   <b>cropped</b>", "a red circle " * 60]
@@ -43,6 +46,23 @@ def test_padded_positions_depend_on_the_text_so_none_may_be_cut_off(encoder):
 def test_length_counts_tokens_beyond_the_limit(encoder):
     assert encoder.length_of("a red circle") < 10
     assert encoder.length_of("a red circle " * 60) > 77
+
+
+def test_fingerprint_passes_over_no_matrix_of_the_published_encoder(tmp_path):
+    """Files of its proportions: 9.9 GB, of which one of the smallest matrices, 33.5 MB, is another."""
+    path, size, matrix = tmp_path / "model.safetensors", 99_000_000, 335_000
+    path.touch()
+    os.truncate(path, size)
+    plain = fingerprint_files(tmp_path)
+    for start in random.Random(0).choices(range(size - matrix), k=8):
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(b"\1" * matrix)
+        assert fingerprint_files(tmp_path) != plain
+        with path.open("r+b") as file:
+            file.seek(start)
+            file.write(bytes(matrix))
+    assert fingerprint_files(tmp_path) == plain
 
 
 @pytest.mark.parametrize("changed", ["text_encoder/model.safetensors", "tokenizer/tokenizer_config.json"])

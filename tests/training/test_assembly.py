@@ -74,7 +74,7 @@ def test_a_checkpoint_belongs_to_the_weights_that_it_began_with(flag, same):
 
 def saved(batch_size: int, accumulation: int, step: int, position: tuple[int, int], since: Since = Since()) -> dict:
     was = {"train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    return {"options": was, "since": since.state(), "run": {"step": step, "position": position}}
+    return {"options": was, "processes": 1, "since": since.state(), "run": {"step": step, "position": position}}
 
 
 def test_a_run_that_keeps_its_batches_keeps_its_count_of_them():

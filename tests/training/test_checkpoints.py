@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,6 +93,50 @@ def test_what_an_interrupted_save_left_is_swept_away(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
+def test_what_cannot_be_deleted_is_told_and_ends_nothing(tmp_path, monkeypatch, capsys):
+    """As on a network disk where another process still reads it."""
+
+    def busy(path: str, **_: object) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    save(tmp_path, 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rmdir", busy)
+        for step in (6, 7):
+            save(tmp_path, step, keep=1)
+            assert [path.name for path in checkpoints.found(tmp_path)] == [f"checkpoint-{step}"]
+    assert ".checkpoint-5.partial cannot be deleted (Device or resource busy)" in capsys.readouterr().out
+    save(tmp_path, 8, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+
+
+def test_an_output_folder_has_one_run_at_a_time(tmp_path):
+    output = tmp_path / "runs" / "mine"
+    with checkpoints.only_run_in(output):
+        with pytest.raises(CheckpointError, match="OUTPUT_DIR.*another run is at work in .*mine"):
+            with checkpoints.only_run_in(output):
+                raise AssertionError("it began")
+        assert output.is_dir()
+    assert not output.exists(), "nothing came to be in it"
+    with checkpoints.only_run_in(output):
+        save(output, 1)
+    holding = os.fork()
+    if holding == 0:
+        with checkpoints.only_run_in(output):
+            (tmp_path / "held").touch()
+            signal.pause()
+    try:
+        while not (tmp_path / "held").exists():
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError), checkpoints.only_run_in(output):
+            raise AssertionError("it began")
+    finally:
+        os.kill(holding, signal.SIGKILL)
+        os.waitpid(holding, 0)
+    with checkpoints.only_run_in(output):
+        assert checkpoints.choose(output, "latest").name == "checkpoint-1"
+
+
 @pytest.mark.parametrize("spoil", ["no state", "damaged state", "nested state", "no tensors", "no identity"])
 def test_a_checkpoint_of_another_trainer_is_refused_in_words(tmp_path, spoil):
     folder = save(tmp_path, 5)
@@ -128,6 +173,14 @@ def test_other_settings_are_refused_by_name_with_both_values_and_the_reason(tmp_
     assert checkpoints.changes(folder, STATE["options"], FIXED, STATE["data"]) == {}
     with pytest.raises(CheckpointError, match="--lora_rank .export LORA_RANK.* was 4 and is now 8: other shapes"):
         checkpoints.changes(folder, {**STATE["options"], "lora_rank": 8}, FIXED, STATE["data"])
+
+
+def test_a_base_that_was_changed_in_its_place_is_refused(tmp_path):
+    checkpoints.require_base(save(tmp_path, 5), "any, as it was not noted")
+    folder = save(tmp_path, 6, state={**STATE, "base": "a1"})
+    checkpoints.require_base(folder, "a1")
+    with pytest.raises(CheckpointError, match="MODEL_NAME.* have changed since checkpoint-6"):
+        checkpoints.require_base(folder, "b2")
 
 
 def test_settings_that_may_change_are_told_with_both_values(tmp_path):
@@ -261,6 +314,18 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WIFSIGNALED(status)
+
+
+def test_all_of_a_checkpoint_is_flushed_before_it_has_its_name_and_the_name_after(tmp_path, monkeypatch):
+    """What a loss of power would show."""
+    done: list[object] = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), fsync(handle))[1])
+    monkeypatch.setattr(os, "rename", lambda *paths: (done.append("rename"), rename(*paths))[1])
+    folder = save(tmp_path, 5)
+    before, after = done[: done.index("rename")], done[done.index("rename"):]
+    assert {path.stat().st_ino for path in [folder, *folder.rglob("*")]} == set(before)
+    assert after == ["rename", tmp_path.stat().st_ino]
 
 
 def test_a_save_killed_anywhere_leaves_the_old_checkpoint_or_the_new_one(tmp_path, capsys):

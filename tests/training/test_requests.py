@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ with requests.heard(), requests.deferred():
 
 
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, "file"])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, "file"])
 def test_the_first_asks_to_stop_and_any_second_one_ends_at_once(tmp_path, first, second):
     command = [sys.executable, "-c", GOING_ON, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -47,8 +48,40 @@ def test_the_first_asks_to_stop_and_any_second_one_ends_at_once(tmp_path, first,
         assert "Once more ends it at once" in process.stderr.read()
 
 
+@pytest.mark.parametrize("first, echo", [
+    (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP),
+    (signal.SIGHUP, signal.SIGTERM),
+])
+def test_the_same_wish_twice_in_a_moment_is_one(tmp_path, first, echo):
+    """As by `timeout`, by launchers that hand on what the terminal sent already, by a terminal that is closed."""
+    command = [sys.executable, "-c", GOING_ON, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(first)
+        for _ in range(10):
+            time.sleep(0.01)
+            process.send_signal(echo)
+        assert int(process.stdout.readline()) in (first, echo)
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        assert process.poll() is None, "a terminal that is closed while it saves ends nothing"
+        process.kill()
+
+
+def test_nohup_is_heeded(tmp_path):
+    command = ["nohup", sys.executable, "-c", GOING_ON, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert int(process.stdout.readline()) == signal.SIGTERM
+        process.kill()
+
+
 def test_where_there_is_nothing_to_save_a_signal_breaks_off_and_handlers_come_back():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = {number: signal.getsignal(number) for number in numbers}
     requests = Requests()
     with pytest.raises(Interrupted) as caught, requests.heard():
         os.kill(os.getpid(), signal.SIGTERM)

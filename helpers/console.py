@@ -1,0 +1,43 @@
+"""What a run says, to whoever still listens: a terminal, a pipe or a log."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+
+
+class _Lasting(io.FileIO):
+    """Where what cannot be written is left out, and the run goes on.
+
+    A terminal is closed, `| tee` ends by the same Ctrl-C, a log's disk is full: none of it is a reason to lose a step.
+    """
+
+    def write(self, content: object) -> int:
+        try:
+            written = super().write(content)
+        except OSError:
+            written = None
+        return memoryview(content).nbytes if written is None else written  # None: a full pipe that does not wait
+
+
+def outlast() -> None:
+    """Let no write to the standard output or error end the run, whatever it says and whoever has gone.
+
+    Where one of the three standard streams is closed it is opened on nothing: or the next file that is opened would
+    get its number, and what is said.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        if before:
+            before.flush()
+        raw = _Lasting(number, "w", closefd=False)
+        lines = number == 2 or raw.isatty()
+        stream = io.TextIOWrapper(io.BufferedWriter(raw), before.encoding if before else "utf-8", "backslashreplace",
+                                  line_buffering=lines, write_through=bool(before and before.write_through))
+        setattr(sys, name, stream)

@@ -1,0 +1,246 @@
+"""What a run is asked to do, and all that is settled about it before any weights load."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from helpers.config.backends import Backends
+from helpers.config.checks import schedule_problems, smallest_edge
+from helpers.config.load import Resolved, as_json, read_prompt_library
+from helpers.config.options import Config
+from helpers.config.problems import ConfigError
+from helpers.data import preparation
+from helpers.data.dataset import Dataset
+from helpers.data.sampler import Sampler
+from helpers.models import loading, published
+from helpers.models.adapters import Adapter
+from helpers.models.families import SPECS
+from helpers.models.spec import Spec
+from helpers.processes import Processes
+from helpers.training import assembly, checkpoints, memory_report, space
+from helpers.training.assembly import Ending, Since
+from helpers.validation.prompts import named_prompts
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked to do, checked as far as that goes before any weights load."""
+
+    config: Config
+    options: Mapping[str, Any]  # as run.json holds them
+    backends: Backends
+    spec: Spec
+    adapter: Adapter
+    prompts: Mapping[str, str]
+    processes: Processes
+    base: str = ""  # a fingerprint of the UNet's files, once they are at hand
+    since: Since = Since()
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a batch, of all processes."""
+        return self.config.training.train_batch_size * self.processes.count
+
+    def sampler(self, datasets: Sequence[Dataset]) -> Sampler:
+        dealt = {self.since.epoch: self.since.dealt}
+        seed, dropout = self.config.training.seed, self.config.data.caption_dropout_probability
+        return Sampler(datasets, self.batch_size, seed, dropout, dealt)
+
+    def ending(self, sampler: Sampler) -> Ending:
+        """When the run ends, which is known once its images are.
+
+        Raises:
+            ConfigError: the learning rate's schedule needs more steps.
+        """
+        ending = assembly.ending(self.config.training, sampler.batches_in_epoch, self.since)
+        problems = [str(problem) for problem in schedule_problems(self.config, *ending)]
+        if problems:
+            raise ConfigError(problems)
+        return ending
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained on, and from where on.
+
+    Attributes:
+        configs: the folder with the model's small files; None where a dry run does not look at the hub.
+        checkpoint: the one to go on from.
+        prepared: every caption and prompt with the text that is encoded.
+        data: the datasets' digests.
+    """
+
+    job: Job
+    configs: Path | None
+    checkpoint: Path | None
+    datasets: Sequence[Dataset]
+    prepared: Mapping[str, str]
+    data: Mapping[str, str]
+
+
+def job_of(resolved: Resolved, backends: Backends, processes: Processes) -> Job:
+    config = assembly.with_usable_attention(resolved.config)
+    spec, adapter = SPECS[config.family.key], assembly.adapter_of(config)
+    return Job(config, as_json(resolved), backends, spec, adapter, prompts(config), processes)
+
+
+def plan(job: Job) -> Plan:
+    """Check the weights by their small files, plan the data, choose the checkpoint, and print what all that comes to.
+
+    Raises:
+        ConfigError, DatasetError, WeightsError, CheckpointError: something of it cannot be used.
+        DiskFull: not even one checkpoint has room.
+    """
+    with job.processes.first_before_others():
+        configs = check_model(job)
+    checkpoint = choose_checkpoint(job)
+    if checkpoint:
+        with checkpoints.refused_if_other(checkpoint):
+            saved = checkpoints.load_plain(checkpoint)
+            job = replace(job, since=assembly.since(saved, job.config.training, job.processes.count))
+            former = int(saved["processes"])
+    with job.processes.first_before_others():
+        datasets, prepared = plan_data(job)
+    data = {dataset.id: dataset.digest() for dataset in datasets}
+    if checkpoint:
+        tell_changes(job, checkpoint, former, data)
+    name = job.config.model.pretrained_model_name_or_path
+    architecture = configs / "unet" / "config.json" if configs else published.architecture(name)
+    tell_memory(job, architecture, datasets)
+    tell_space(job, architecture, configs, datasets, prepared)
+    return Plan(job, configs, checkpoint, datasets, prepared, data)
+
+
+def choose_checkpoint(job: Job) -> Path | None:
+    """The checkpoint to go on from, verified once for all processes."""
+    output, wanted = job.config.run.output_dir, job.config.run.resume_from_checkpoint
+
+    def name() -> str | None:
+        chosen = checkpoints.choose(output, wanted)
+        return chosen.name if chosen else None
+
+    chosen = job.processes.from_first(name)
+    return output / chosen if chosen else None
+
+
+def require_writable(job: Job) -> None:
+    """See that results and caches can be written, without making a folder yet."""
+    folders = {"--output_dir (export OUTPUT_DIR)": job.config.run.output_dir}
+    for entry in (*job.backends.images, *job.backends.text_embeds):
+        folders[f"--cache_dir (export CACHE_DIR), or the cache folder of entry {entry.id!r}"] = entry.cache_dir
+    problems = []
+    for option, folder in folders.items():
+        if folder == job.config.run.output_dir and "cache" in option:
+            problems.append(f"{option}: found {folder}, which is OUTPUT_DIR (--output_dir) too: name another folder")
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            problems.append(f"{option}: {folder} cannot be written to ({error.strerror}): name another folder")
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_model(job: Job) -> Path | None:
+    """See that the weights are of the right family, by their small files: before images are read, which takes long.
+
+    Returns:
+        the folder with these files; None in a dry run of a model on the hub, which downloads nothing.
+    """
+    options = job.config.model
+    name, is_local = options.pretrained_model_name_or_path, Path(options.pretrained_model_name_or_path).is_dir()
+    if job.config.run.dry_run and not is_local:
+        return None
+    configs = loading.fetch_configs(name, options.revision, job.spec)
+    loading.check(job.config.family, job.spec, configs)
+    if is_local:
+        loading.check_weight_files(configs, options.variant)
+    return configs
+
+
+def prompts(config: Config) -> dict[str, str]:
+    """What is drawn at each validation, by name; nothing where images are upscaled instead."""
+    if config.family.upscales:
+        return {}
+    library = config.validation.validation_prompt_library
+    return named_prompts(config.validation.validation_prompt, read_prompt_library(library) if library else {})
+
+
+def plan_data(job: Job) -> tuple[list[Dataset], dict[str, str]]:
+    """Scan and plan each dataset, and print what will be trained on; also every caption with its prepared text."""
+    family, datasets = job.config.family, []
+    for backend in job.backends.images:
+        dataset, notes = preparation.scan_and_plan(
+            backend, family.alignment, enlarge=not family.upscales, smallest=smallest_edge(job.config)
+        )
+        datasets.append(dataset)
+        for note in notes:
+            print(note)
+    captions = [caption for dataset in datasets for caption in dataset.captions()]
+    prompts = [job.config.validation.validation_negative_prompt, *job.prompts.values()]
+    prepared = preparation.prepare_captions(job.spec.text, captions + prompts)
+    for note in [note for dataset in datasets for note in preparation.caption_notes(dataset, prepared)]:
+        print(note)
+    sampler = job.sampler(datasets)
+    for dataset, batches in zip(datasets, sampler.batches_by_dataset(0).values()):
+        print(dataset.report(batches).describe())
+    steps = job.ending(sampler).steps
+    batch_size = job.batch_size * job.config.training.gradient_accumulation_steps
+    print(f"{sampler.batches_in_epoch(0):,} batches an epoch; {steps:,} steps of up to {batch_size:,} images in all")
+    return datasets, prepared
+
+
+def tell_memory(job: Job, architecture: Path | None, datasets: Sequence[Dataset]) -> None:
+    """Print what training will need; a real run only where there is a GPU to hold that against."""
+    free = memory_report.free_on_gpu()
+    if architecture is None:
+        print("The memory needed is not known: the model's architecture is on the hub, where a dry run does not look.")
+    elif free is not None or job.config.run.dry_run:
+        targets = {plan.target for dataset in datasets for plans in dataset.plans for plan in plans}
+        largest = max(targets, key=lambda size: size.width * size.height)
+        print(memory_report.report(job.config, job.spec, architecture, largest, free))
+
+
+def tell_space(
+    job: Job, architecture: Path | None, base: Path | None, datasets: Sequence[Dataset], prepared: Mapping[str, str]
+) -> None:
+    """Print what the run will write: all of it in a dry run, else what there is no room for.
+
+    Raises:
+        DiskFull: not even one checkpoint has room.
+    """
+    needs = space.cache_needs(job.backends, datasets, prepared, space.embed_size(job.spec.text, architecture))
+    if architecture:
+        saved = space.saved_sizes(job.config, job.spec, architecture)
+        space.require_one_checkpoint(job.config.run.output_dir, saved)
+        needs += space.output_needs(job.config, saved, base)
+    for line in space.describe(needs) if job.config.run.dry_run else space.shortages(needs):
+        print(line)
+    if architecture is None:
+        print("What checkpoints take is not known: the model's architecture is on the hub.")
+
+
+def tell_changes(job: Job, checkpoint: Path, processes: int, data: Mapping[str, str]) -> None:
+    """Print what changed since a checkpoint of so many processes, or refuse it; `data` has the datasets' digests."""
+    changed = checkpoints.changes(checkpoint, job.options["options"], assembly.IDENTITY, data)
+    for name, (old, new) in changed.items():
+        if name not in assembly.UNTOLD:
+            print(f"Changed since {checkpoint.name}: {name}: {old} -> {new}")
+    if processes != job.processes.count:
+        print(f"Changed since {checkpoint.name}: processes: {processes} -> {job.processes.count}")
+    if job.since.dealt and job.since.dealt[-1].batch_size != job.batch_size:
+        print(f"Epoch {job.since.epoch + 1} goes on with the images that it has not seen, in batches of the new size.")
+
+
+def quieten_libraries() -> None:
+    """Keep the loading bars of small files off the screen: the bars that matter are our own."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
