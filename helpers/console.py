@@ -37,7 +37,7 @@ def outlast() -> None:
         if before:
             before.flush()
         raw = _Lasting(number, "w", closefd=False)
-        lines = number == 2 or raw.isatty()
+        # Line by line, into a pipe or a log too: so they are read at once, and both streams in their order.
         stream = io.TextIOWrapper(io.BufferedWriter(raw), before.encoding if before else "utf-8", "backslashreplace",
-                                  line_buffering=lines, write_through=bool(before and before.write_through))
+                                  line_buffering=True, write_through=bool(before and before.write_through))
         setattr(sys, name, stream)

@@ -126,8 +126,9 @@ def _passing_signals_on(ranks: Sequence[Rank]) -> Iterator[None]:
             if rank.runs:
                 rank.process.send_signal(number)
 
-    heeded = [number for number in FORWARDED if signal.getsignal(number) is not signal.SIG_IGN]  # nohup has one ignored
-    before = {number: signal.signal(number, pass_on) for number in heeded}
+    before = {number: signal.signal(number, pass_on) for number in FORWARDED}
+    if before[signal.SIGHUP] is signal.SIG_IGN:  # by nohup: the terminal may go, the run is to go on
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         yield
     finally:

@@ -3,4 +3,6 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 . helpers/environment.sh
 need_python || exit
-exec "$PYTHON" -m pytest "$@"
+# A process for each core, each computing on its own: more threads than cores make all of them many times slower.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec "$PYTHON" -m pytest --numprocesses=logical --dist=loadfile "$@"

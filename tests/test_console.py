@@ -76,3 +76,10 @@ def test_a_full_pipe_that_does_not_wait_ends_nothing(tmp_path):
     finally:
         os.close(reading)
         os.close(writing)
+
+
+def test_what_is_said_on_both_streams_comes_in_its_order():
+    words = "import sys; from helpers import console; console.outlast(); print(1); print(2, file=sys.stderr); print(3)"
+    command = [sys.executable, "-c", words]
+    merged = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
+    assert merged.stdout == b"1\n2\n3\n"

@@ -127,6 +127,15 @@ def test_the_memory_that_the_guide_tells_is_what_a_dry_run_estimates(model):
     assert [f"{estimate(setup).peak / 1e9:.1f}" for setup in setups] == figures
 
 
+@pytest.mark.parametrize("model", ["I-M", "I-XL", "II-M"])
+def test_the_memory_that_the_guide_calls_measured_is_what_the_benchmark_measured(model):
+    cases = json.loads((ROOT / "benchmarks" / "results" / "gpu_train.json").read_text("utf-8"))["cases"]
+    [figures] = [figures for name, *figures in rows_of("measured") if name == model]
+    names = [f"{model} {kind} b4{end}" for kind in ("lora", "full") for end in ("", " checkpointed")]
+    assert [f"{cases[name]['peak_gb']:.1f}" if name in cases else "" for name in names] == figures
+    assert all(not case["shrunk"] for case in cases.values())
+
+
 def test_the_guides_dataset_has_keys_that_exist():
     [block] = code(GUIDE, "json")
     known = backends_schema()["items"]["else"]["properties"]
