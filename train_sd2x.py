@@ -20,6 +20,7 @@ from helpers.config.backends import Backends
 from helpers.config.load import Resolved, describe, load_all
 from helpers.config.problems import ConfigError
 from helpers.files import DiskFull, telling_if_full
+from helpers.heartbeat import Pulse
 from helpers.launch import LOST, rank_and_count
 from helpers.training.requests import Interrupted, Requests, resume_command
 
@@ -38,7 +39,10 @@ FINDINGS = 6
 
 def main(arguments: Sequence[str]) -> int:
     """Check the options, then hand over to the trainer; returns the exit code."""
-    if rank_and_count()[0]:  # the first process speaks for all
+    pulse = Pulse()
+    pulse.start()  # already here: what is imported later takes long from a slow disk
+    is_first = rank_and_count()[0] == 0
+    if not is_first:  # the first process speaks for all
         sys.stdout = open(os.devnull, "w")
         os.environ["TQDM_DISABLE"] = "1"
     try:
@@ -47,17 +51,18 @@ def main(arguments: Sequence[str]) -> int:
         return _refuse(error)
     if resolved.config.run.check == "none":  # a check has nothing but its findings on the standard output
         print(describe(resolved, everything=resolved.config.run.dry_run), flush=True)
-    requests = Requests()
+    requests = Requests(speaks=is_first)
     try:
         with requests.heard():
-            return _run(resolved, backends, requests)
+            return _run(resolved, backends, requests, pulse)
     except Interrupted as error:
-        goes_on = resume_command(resolved.config.run.output_dir)
-        print(f"\nWhat is cached and saved stays. To go on:\n  {goes_on}", file=sys.stderr)
+        if is_first:
+            goes_on = resume_command(resolved.config.run.output_dir)
+            print(f"\nWhat is cached and saved stays. To go on:\n  {goes_on}", file=sys.stderr)
         return 128 + error.number
 
 
-def _run(resolved: Resolved, backends: Backends, requests: Requests) -> int:
+def _run(resolved: Resolved, backends: Backends, requests: Requests, pulse: Pulse) -> int:
     # Only now, since these imports take seconds, which a mistyped option need not wait for.
     from helpers import trainer
     from helpers.check import check
@@ -65,7 +70,7 @@ def _run(resolved: Resolved, backends: Backends, requests: Requests) -> int:
     from helpers.training.loop import NonFiniteLoss
 
     try:
-        with telling_if_full("what was to be written", resolved.config.run.output_dir), connected() as processes:
+        with telling_if_full("what was to be written", resolved.config.run.output_dir), connected(pulse) as processes:
             if resolved.config.run.check == "none":
                 return trainer.train(resolved, backends, requests, processes)
             found = check(resolved, backends, processes) if processes.is_first else 0

@@ -8,6 +8,7 @@ hangs. The processes find each other by torch's own variables: RANK, LOCAL_RANK,
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import signal
@@ -32,6 +33,9 @@ SILENT_SECONDS = 40.0
 
 GRACE_SECONDS = 10.0
 """How long the others have to end by themselves when one has ended badly."""
+
+LOOK_SECONDS = 5.0
+"""The watcher looks much more often, unless it was frozen, with the machine or by Ctrl-Z: then all counts anew."""
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 TAIL = 4000
@@ -66,6 +70,17 @@ class Rank:
     @property
     def runs(self) -> bool:
         return self.process.poll() is None
+
+    @property
+    def code(self) -> int | None:
+        """What it ended with; where that was a signal to end, what it ends with when it hears one."""
+        code = self.process.poll()
+        return 128 - code if self.was_made_to_end else code
+
+    @property
+    def was_made_to_end(self) -> bool:
+        """Whether a signal to end came for the second time, or before it could hear one."""
+        return -(self.process.poll() or 0) in FORWARDED
 
     def hear(self) -> bool:
         """Take up its signs of life; False when it has closed the pipe, since it ended."""
@@ -138,23 +153,36 @@ def _passing_signals_on(ranks: Sequence[Rank]) -> Iterator[None]:
 
 def _watch(ranks: Sequence[Rank]) -> int:
     """Wait until all have ended, or one is lost."""
-    deadline: float | None = None
+    blamed, deadline, looked = None, math.inf, time.monotonic()
     with selectors.DefaultSelector() as pulses:
         for rank in ranks:
             pulses.register(rank.pulse, selectors.EVENT_READ, rank)
-        while any(rank.runs for rank in ranks):
+        while any(rank.runs for rank in ranks) and time.monotonic() < deadline:
             for key, _ in pulses.select(timeout=0.2):
                 if not key.data.hear():
                     pulses.unregister(key.fileobj)
-            if _blamed(ranks):
-                deadline = deadline or time.monotonic() + GRACE_SECONDS
-                if time.monotonic() > deadline:
-                    break
-            elif hanging := _hanging(ranks):
+            now = time.monotonic()
+            if now - looked > LOOK_SECONDS:
+                for rank in ranks:
+                    rank.heard = rank.since = now
+            looked = now
+            blamed = blamed or _blamed(ranks)  # the first, whatever the others then end with
+            deadline = min(deadline, now + _patience(blamed, ranks))
+            if deadline == math.inf and (hanging := _hanging(ranks)):
                 print(f"\n{hanging}, so it hangs. {ENDS}", file=sys.stderr)
                 return LOST
-    blamed = _blamed(ranks)
-    return _tell(blamed, ranks) if blamed else max(rank.process.returncode for rank in ranks)
+    blamed = blamed or _blamed(ranks)
+    return _tell(blamed, ranks) if blamed else max(rank.code or 0 for rank in ranks)
+
+
+def _patience(blamed: Rank | None, ranks: Sequence[Rank]) -> float:
+    """For how many seconds the others may go on, now that some have ended."""
+    if any(rank.was_made_to_end for rank in ranks):
+        return 0.0
+    if blamed:
+        return GRACE_SECONDS
+    # Asked to end, one may have much to put down; or it waits, deaf, for one that has ended.
+    return SILENT_SECONDS if any(rank.code for rank in ranks) else math.inf
 
 
 def _hanging(ranks: Sequence[Rank]) -> str | None:
@@ -163,7 +191,7 @@ def _hanging(ranks: Sequence[Rank]) -> str | None:
     for rank in ranks:
         if rank.runs and now - rank.heard > SILENT_SECONDS:
             return f"{_name(rank, ranks)} gave no sign of life for {SILENT_SECONDS:.0f} s"
-        if rank.runs and rank.reached < furthest.reached and now - furthest.since > SILENT_SECONDS:
+        if rank.runs and rank.reached < furthest.reached and now - max(rank.since, furthest.since) > SILENT_SECONDS:
             return f"{_name(rank, ranks)} has not come for {SILENT_SECONDS:.0f} s to where the others wait for it"
     return None
 
@@ -171,7 +199,7 @@ def _hanging(ranks: Sequence[Rank]) -> str | None:
 def _blamed(ranks: Sequence[Rank]) -> Rank | None:
     """Who ended badly by itself: not because it was asked to stop, nor because another one was gone."""
     innocent = {None, 0, LOST, *(128 + number for number in FORWARDED)}
-    return next((rank for rank in ranks if rank.process.poll() not in innocent), None)
+    return next((rank for rank in ranks if rank.code not in innocent), None)
 
 
 def _name(rank: Rank, ranks: Sequence[Rank]) -> str:
@@ -180,13 +208,13 @@ def _name(rank: Rank, ranks: Sequence[Rank]) -> str:
 
 def _tell(rank: Rank, ranks: Sequence[Rank]) -> int:
     """Tell what one ended with, unless the first did so itself; returns the exit code of all."""
-    code = rank.process.returncode
+    code = rank.code
     if code < 0:
         name = signal.Signals(-code).name
         hint = ", which is how the system ends a process when memory runs out" if -code == signal.SIGKILL else ""
         print(f"\n{_name(rank, ranks)} was killed by {name}{hint}. {ENDS}", file=sys.stderr)
         return LOST
-    if rank.number and ranks[0].process.poll() != code:
+    if rank.number and ranks[0].code != code:
         print(f"\n{_name(rank, ranks)} ended with exit code {code}. It said:\n{rank.last_words()}", file=sys.stderr)
     return code
 

@@ -19,6 +19,7 @@ from helpers.config.problems import ConfigError
 from helpers.data import preparation
 from helpers.data.dataset import Dataset
 from helpers.data.sampler import Sampler
+from helpers.data.scan import DatasetError
 from helpers.models import loading, published
 from helpers.models.adapters import Adapter
 from helpers.models.families import SPECS
@@ -109,6 +110,7 @@ def plan(job: Job) -> Plan:
     with job.processes.first_before_others():
         datasets, prepared = plan_data(job)
     data = {dataset.id: dataset.digest() for dataset in datasets}
+    require_same_data(job.processes.gather(data))
     if checkpoint:
         tell_changes(job, checkpoint, former, data)
     name = job.config.model.pretrained_model_name_or_path
@@ -116,6 +118,20 @@ def plan(job: Job) -> Plan:
     tell_memory(job, architecture, datasets)
     tell_space(job, architecture, configs, datasets, prepared)
     return Plan(job, configs, checkpoint, datasets, prepared, data)
+
+
+def require_same_data(found: Sequence[Mapping[str, str]]) -> None:
+    """See that all processes found the same; `found` has the datasets' digests, as each of them has.
+
+    Raises:
+        DatasetError: they would train batches that do not belong together.
+    """
+    changing = [repr(name) for name, digest in found[0].items() if any(other[name] != digest for other in found)]
+    if changing:
+        raise DatasetError(
+            f"dataset {', '.join(changing)}: its files changed while they were looked at, so that the processes found"
+            " different ones. Start again once they stay as they are."
+        )
 
 
 def choose_checkpoint(job: Job) -> Path | None:

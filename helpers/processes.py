@@ -138,15 +138,13 @@ class Processes:
 
 
 @contextmanager
-def connected() -> Iterator[Processes]:
+def connected(pulse: Pulse) -> Iterator[Processes]:
     """Within it this process is one of those that a launcher started, on its own GPU; without a launcher it is alone.
 
     Raises:
         TooFewGPUs: there are some, but not one for each.
         PeerLost: another one has ended, wherever that shows.
     """
-    pulse = Pulse()
-    pulse.start()
     rank, count = rank_and_count()
     if count == 1:
         yield Processes(pulse=pulse)
@@ -171,7 +169,8 @@ def lost_peers_told() -> Iterator[None]:
     except RuntimeError as error:
         if not _tells_of_peers(error):
             raise
-        raise PeerLost(str(error).splitlines()[0]) from error
+        # Of "[a file of gloo's] Connection closed by peer. What that may come of. What to do." what happened.
+        raise PeerLost(str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]) from error
 
 
 def _tells_of_peers(error: RuntimeError) -> bool:

@@ -4,7 +4,7 @@
 
 The runs come one after another, each in forks of this process, which has imported torch once. In a run's folder,
 `rank-N.json` says what the N-th process saw; `log-N` is all that it printed. `spoil` is the step, from 0, at which the
-last process's loss is NaN.
+last process's loss is NaN, or the caption file that is written anew just before that process looks at the dataset.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch  # noqa: E402
 
 import train_sd2x  # noqa: E402
 from helpers.caching.pixels import PixelCache  # noqa: E402
+from helpers.data import preparation  # noqa: E402
 from helpers.data.collate import Batch  # noqa: E402
 from helpers.models.adapters import trainable_parameters  # noqa: E402
 from helpers.models.text import T5Encoder  # noqa: E402
@@ -54,8 +55,11 @@ class Seen:
     generator: str = ""
 
 
-def watch(seen: Seen, spoil: int | None, is_last: bool) -> None:
+def watch(seen: Seen, spoil: int | str | None, is_last: bool) -> None:
     """Have the trainer write down what it does."""
+    if isinstance(spoil, str) and is_last:
+        scan = preparation.scan_backend
+        preparation.scan_backend = lambda backend: Path(spoil).write_text("another caption", "utf-8") and scan(backend)
     computed, decode, encode = loop.training_loss, PixelCache._decode, T5Encoder.__call__
     trained, save, end_step = loop.train, checkpoints.save, loop.Progress.end_step
 
@@ -90,7 +94,7 @@ def watch(seen: Seen, spoil: int | None, is_last: bool) -> None:
     checkpoints.save = count("saved", save, lambda *_: 1)
 
 
-def process(folder: Path, rank: int, count: int, port: int, flags: list[str], spoil: int | None) -> int:
+def process(folder: Path, rank: int, count: int, port: int, flags: list[str], spoil: int | str | None) -> int:
     """A fork that is the `rank`-th process of a run; returns its process id."""
     pid = os.fork()
     if pid:

@@ -77,6 +77,45 @@ def test_one_that_lives_but_does_not_come_to_where_the_others_wait_is_named(scri
     assert "rank 1" in (said := capfd.readouterr().err) and "where the others wait" in said
 
 
+def test_one_that_lags_behind_but_moves_is_waited_for(script, monkeypatch):
+    monkeypatch.setattr(launch, "SILENT_SECONDS", 3.0)
+    lagging = "pulse.reached = 8\nfor step in range(0 if rank == 0 else 8):\n  pulse.reached = step\n  time.sleep(1)"
+    assert launch.launch(2, [script(f"{lagging}\ntime.sleep(8 * (rank == 0))")]) == 0
+
+
+def test_nobody_is_taken_for_frozen_because_the_launcher_was(script, tmp_path):
+    code = "from helpers import launch; import sys; launch.SILENT_SECONDS = 6; sys.exit(launch.launch(2, sys.argv[1:]))"
+    body = f"open({str(tmp_path)!r} + f'/{{rank}}', 'w').close()\ntime.sleep(12)"
+    process = subprocess.Popen([sys.executable, "-c", code, script(body)], cwd=ROOT)
+    while not all((tmp_path / name).exists() for name in "01"):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(8)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(60) == 0
+
+
+def test_the_first_that_failed_is_blamed_whatever_the_others_then_end_with(script, capfd):
+    body = "time.sleep(2 * (1 - rank))\nos.kill(os.getpid(), signal.SIGKILL if rank else signal.SIGABRT)"
+    assert launch.launch(2, [script(body)]) == launch.LOST
+    assert "rank 1" in (said := capfd.readouterr().err) and "SIGABRT" not in said
+
+
+def test_one_that_does_not_notice_that_the_others_were_asked_to_end_is_ended(script, monkeypatch):
+    monkeypatch.setattr(launch, "SILENT_SECONDS", 3.0)
+    assert launch.launch(2, [script("time.sleep(600 * rank)\nsys.exit(143)")]) == 143
+
+
+def test_the_trainer_gives_signs_of_life_before_it_imports_what_takes_long():
+    heard, descriptor = os.pipe()
+    with os.fdopen(heard) as beats:
+        environ = {**os.environ, "FLOYDTUNER_HEARTBEAT": str(descriptor)}
+        command = [sys.executable, "train_sd2x.py", "--no_such_option=1"]
+        refused = subprocess.run(command, cwd=ROOT, env=environ, pass_fds=[descriptor], capture_output=True)
+        os.close(descriptor)
+        assert refused.returncode == 2 and beats.readline() == "0\n"
+
+
 def test_slow_ones_are_not_taken_for_frozen(script, monkeypatch):
     monkeypatch.setattr(launch, "SILENT_SECONDS", 3.0)
     assert launch.launch(2, [script("time.sleep(5)")]) == 0
@@ -100,6 +139,21 @@ def test_a_signal_reaches_each_of_them_once(script, tmp_path, number):
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert [(tmp_path / name).read_text() for name in "01"] == ["x", "x"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_not_heard_ends_all_of_them_at_once_with_its_code(script, tmp_path, number, capfd):
+    body = f"""
+        signal.signal({int(number)}, signal.SIG_IGN if rank else signal.SIG_DFL)  # as one that waits in C++ is deaf
+        open({str(tmp_path)!r} + f"/{{rank}}", "w").close()
+        time.sleep(600)
+    """
+    process = subprocess.Popen([sys.executable, "-m", "helpers.launch", "2", script(body)], cwd=ROOT)
+    while not all((tmp_path / name).exists() for name in "01"):
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(8) == 128 + number
+    assert "was killed" not in capfd.readouterr().err
 
 
 def test_they_end_when_their_launcher_is_gone(script, tmp_path):

@@ -50,7 +50,7 @@ FULL = {
 DROPOUT = {"lora_dropout": 0.3, "lr_scheduler": "constant"}
 STAGE_2 = {"model_type": "deepfloyd-stage2-lora", "resolution": 64, "validation_resolution": 64, "max_train_steps": 3}
 # The processes, the flags beside FLAGS, and which step is spoilt, of each run. Those of one `output` go on from each other.
-RUNS: dict[str, tuple[int, dict[str, object], int | None]] = {
+RUNS: dict[str, tuple[int, dict[str, object], int | str | None]] = {
     "one": (1, ONE, None),
     "two": (2, {}, None),
     "three": (3, {"train_batch_size": 1, "max_train_steps": 5}, None),
@@ -65,6 +65,7 @@ RUNS: dict[str, tuple[int, dict[str, object], int | None]] = {
     "fewer resumed": (1, {"output": "fewer"}, None),
     "spoilt": (2, {"max_train_steps": 3}, 1),
     "refused": (2, {"lr_scheduler": "constant", "resume_from_checkpoint": "checkpoint-9"}, None),
+    "changing": (2, {}, "broken.txt"),  # the last one, since all share the dataset
 }
 
 
@@ -113,6 +114,7 @@ def results(tmp_path_factory, smaller_model, tiny_stage2, images) -> Mapping[str
         values = FLAGS | {"pretrained_model_name_or_path": model, "data_backend_config": images} | flags
         values |= {"output_dir": outputs[name], "cache_dir": folder / "cache", "output": None}
         words = [f"--{option}={value}" for option, value in values.items() if value is not None]
+        spoil = str(images.parent / "photos" / spoil) if isinstance(spoil, str) else spoil
         runs.append({"folder": str(folder), "count": count, "flags": words, "spoil": spoil})
     command = [sys.executable, "-m", "tests.several", json.dumps(runs)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -125,7 +127,7 @@ def results(tmp_path_factory, smaller_model, tiny_stage2, images) -> Mapping[str
     return {name: result(run, name) for name, run in zip(RUNS, runs)}
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "refused"])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("refused", "changing")])
 def test_all_of_them_finish_with_the_same_weights(results, name):
     result = results[name]
     assert result.codes == {0}, result.logs
@@ -211,6 +213,12 @@ def test_what_the_first_one_refuses_ends_the_others_too(results):
     first, second = results["refused"].ranks
     assert (first.code, second.code) == (2, LOST)
     assert "RESUME_CHECKPOINT" in results["refused"].logs[0]
+
+
+def test_processes_that_found_different_files_do_not_train(results):
+    result = results["changing"]
+    assert [seen.code for seen in result.ranks] == [2, 2] and not any(seen.uses for seen in result.ranks)
+    assert "dataset 'photos': its files changed" in result.logs[0] and "Traceback" not in result.logs[0]
 
 
 def test_shares_are_near_equal_and_weigh_as_their_images_do():

@@ -80,7 +80,7 @@ def load_all(
         SystemExit: after printing the options, if --help is among the flags.
     """
     resolved, refused, problems = _read(argv, environ)
-    problems += _sharding(environ)
+    problems += [*_sharding(environ), *_left_alone(environ)]
     config = resolved.config
     try:
         if "data_backend_config" not in refused:
@@ -126,6 +126,17 @@ def _sharding(environ: Mapping[str, str]) -> list[str]:
         " TRAINING_NUM_PROCESSES to the number of GPUs"
         for variable, name in SHARDING.items()
         if environ.get(variable, "").lower() in ("1", "true", "yes")
+    ]
+
+
+def _left_alone(environ: Mapping[str, str]) -> list[str]:
+    """What to say where `accelerate launch` was asked for several processes, and without GPUs started one."""
+    if "ACCELERATE_USE_CPU" not in environ or "MASTER_PORT" not in environ or "WORLD_SIZE" in environ:
+        return []
+    return [
+        "TRAINING_NUM_PROCESSES (accelerate's --num_processes): found more than 1, but `accelerate launch`"
+        " started one, for lack of GPUs: type torchrun --nproc_per_node=2 train_sd2x.py, or ./train.sh with"
+        " ACCELERATE_EXTRA_ARGS and TRAINING_DYNAMO_BACKEND unset"
     ]
 
 

@@ -40,14 +40,18 @@ class Interrupted(KeyboardInterrupt):
 class Requests:
     """What was asked of a run.
 
+    Args:
+        speaks: whether to say that it was heard, as one of several processes does.
+
     Attributes:
         stop: the signal that asked to end it; SIGTERM where that was a file or the launcher's end. None: go on.
         save: whether a checkpoint was asked for, besides those that are due.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
         self.stop: int | None = None
         self.save = False
+        self._speaks = speaks
         self._deferring = False
         self._parent = os.getppid()
 
@@ -82,7 +86,7 @@ class Requests:
             try:
                 (output / STOP_FILE).unlink(missing_ok=True)
             except OSError as error:
-                _say(f"{output / STOP_FILE} cannot be removed ({error.strerror}): do that before going on.")
+                self._say(f"{output / STOP_FILE} cannot be removed ({error.strerror}): do that before going on.")
         elif LAUNCHER_MARK in os.environ and os.getppid() != self._parent:
             self._ask_to_stop(signal.SIGTERM)
 
@@ -95,8 +99,8 @@ class Requests:
 
     def _on_save(self, number: int, frame: object) -> None:
         self.save = True
-        _say("SIGUSR1: a checkpoint will be saved after this step." if self._deferring
-             else "SIGUSR1: a checkpoint will be saved after the first step.")
+        which = "this" if self._deferring else "the first"
+        self._say(f"SIGUSR1: a checkpoint will be saved after {which} step.")
 
     def _ask_to_stop(self, number: int) -> None:
         self.stop = number
@@ -104,7 +108,13 @@ class Requests:
         for each in _ENDING:
             signal.signal(each, signal.SIG_DFL)
         first = "saving after this step" if self._deferring else "ending, with what is cached so far"
-        _say(f"Interrupted: {first}. Once more ends it at once, unsaved.")
+        self._say(f"Interrupted: {first}. Once more ends it at once, unsaved.")
+
+    def _say(self, words: str) -> None:
+        """To stderr past Python's buffers: a handler may come in a print, which may not be entered twice."""
+        if self._speaks:
+            with suppress(OSError):  # a terminal that was closed is no reason to end unsaved
+                os.write(2, f"\n{words}\n".encode())
 
 
 def resume_command(output: Path) -> str:
@@ -112,9 +122,3 @@ def resume_command(output: Path) -> str:
     typed = os.environ.get(COMMAND_MARK) or f"{shlex.quote(sys.executable)} {shlex.join(sys.argv)}"
     to_go_on = f" --output_dir={shlex.quote(str(output))} --resume_from_checkpoint=latest"
     return typed.removesuffix(to_go_on) + to_go_on  # it ends so already where the run was resumed before
-
-
-def _say(words: str) -> None:
-    """To stderr past Python's buffers: a handler may come in the middle of a print, which may not be entered twice."""
-    with suppress(OSError):  # a terminal that was closed is no reason to end unsaved
-        os.write(2, f"\n{words}\n".encode())

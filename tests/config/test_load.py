@@ -357,6 +357,15 @@ def test_splitting_a_model_over_gpus_is_refused_in_words(all_problems, name):
     assert name.lower() in problem.lower() and "LoRA and full alike" in problem and "TRAINING_NUM_PROCESSES" in problem
 
 
+def test_processes_that_accelerate_did_not_start_are_missed(all_problems):
+    alone = {"ACCELERATE_USE_CPU": "True", "ACCELERATE_MIXED_PRECISION": "no"}
+    assert all_problems({"id": "a"}, **alone) == ()
+    asked_for_two = alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    (problem,) = all_problems({"id": "a"}, **asked_for_two)
+    assert "started one" in problem and "torchrun" in problem
+    assert all_problems({"id": "a"}, **asked_for_two, LOCAL_RANK="0", RANK="0", WORLD_SIZE="2") == ()
+
+
 def test_a_model_type_that_is_no_text_is_one_problem(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load([written(tmp_path, {"model_type": 1})])

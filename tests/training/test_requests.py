@@ -48,6 +48,18 @@ def test_the_first_asks_to_stop_and_any_second_one_ends_at_once(tmp_path, first,
         assert "Once more ends it at once" in process.stderr.read()
 
 
+def test_of_several_processes_one_says_that_a_signal_was_heard(tmp_path):
+    silent = GOING_ON.replace("Requests()", "Requests(speaks=False)")
+    command = [sys.executable, "-c", silent, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+        assert int(process.stdout.readline()) == signal.SIGTERM
+        process.kill()
+        assert process.stderr.read() == ""
+
+
 @pytest.mark.parametrize("first, echo", [
     (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM), (signal.SIGINT, signal.SIGHUP),
     (signal.SIGHUP, signal.SIGTERM),
