@@ -1,16 +1,18 @@
 """Trains in several processes, and writes down what each of them did.
 
-    python -m tests.several '[{"folder": ".../a", "count": 2, "flags": [...], "spoil": 1}]'
+    python -m tests.several '[{"folder": ".../a", "count": 2, "flags": [...], "spoil": 1, "asked": {"2": "SIGUSR1"}}]'
 
 The runs come one after another, each in forks of this process, which has imported torch once. In a run's folder,
 `rank-N.json` says what the N-th process saw; `log-N` is all that it printed. `spoil` is the step, from 0, at which the
 last process's loss is NaN, or the caption file that is written anew just before that process looks at the dataset.
+`asked` is what it is asked for at which steps: see `ask`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -55,7 +57,7 @@ class Seen:
     generator: str = ""
 
 
-def watch(seen: Seen, spoil: int | str | None, is_last: bool) -> None:
+def watch(seen: Seen, spoil: int | str | None, asked: dict[str, str], is_last: bool) -> None:
     """Have the trainer write down what it does."""
     if isinstance(spoil, str) and is_last:
         scan = preparation.scan_backend
@@ -67,6 +69,7 @@ def watch(seen: Seen, spoil: int | str | None, is_last: bool) -> None:
         counts = batch.share is None or batch.share.weight > 0
         seen.uses.append([use.record.path.name for use in batch.uses] if counts else [])
         result = computed(parts, unet, batch, generator)
+        ask(asked.get(str(len(seen.uses) - 1)) if is_last else None)
         is_spoilt = is_last and spoil == len(seen.uses) - 1
         return result._replace(loss=result.loss * float("nan")) if is_spoilt else result
 
@@ -94,8 +97,17 @@ def watch(seen: Seen, spoil: int | str | None, is_last: bool) -> None:
     checkpoints.save = count("saved", save, lambda *_: 1)
 
 
-def process(folder: Path, rank: int, count: int, port: int, flags: list[str], spoil: int | str | None) -> int:
+def ask(what: str | None) -> None:
+    """Ask a run for something: by the signal of this name, or by a file at this path."""
+    if what and what.startswith("SIG"):
+        os.kill(os.getpid(), signal.Signals[what])
+    elif what:
+        Path(what).touch()
+
+
+def process(folder: Path, rank: int, port: int, run: dict[str, Any]) -> int:
     """A fork that is the `rank`-th process of a run; returns its process id."""
+    count, flags = run["count"], run["flags"]
     pid = os.fork()
     if pid:
         return pid
@@ -108,7 +120,7 @@ def process(folder: Path, rank: int, count: int, port: int, flags: list[str], sp
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
                 place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ.update({name: str(value) for name, value in place.items()})
-            watch(seen, spoil, rank == count - 1)
+            watch(seen, run["spoil"], run["asked"], rank == count - 1)
             seen.code = train_sd2x.main(flags)
             sys.stdout.flush()
     except BaseException:
@@ -127,9 +139,7 @@ def main(runs: list[dict[str, Any]]) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        pids = [
-            process(folder, rank, run["count"], port, run["flags"], run.get("spoil")) for rank in range(run["count"])
-        ]
+        pids = [process(folder, rank, port, run) for rank in range(run["count"])]
         for pid in pids:
             os.waitpid(pid, 0)
 

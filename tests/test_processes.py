@@ -63,6 +63,7 @@ RUNS: dict[str, tuple[int, dict[str, object], int | str | None]] = {
     "dropout resumed": (2, DROPOUT | {"output": "resumed"}, None),
     "fewer": (2, {"max_train_steps": 4, "output": "fewer"}, None),
     "fewer resumed": (1, {"output": "fewer"}, None),
+    "asked": (2, {"checkpointing_steps": 100}, None),
     "spoilt": (2, {"max_train_steps": 3}, 1),
     "refused": (2, {"lr_scheduler": "constant", "resume_from_checkpoint": "checkpoint-9"}, None),
     "changing": (2, {}, "broken.txt"),  # the last one, since all share the dataset
@@ -115,7 +116,8 @@ def results(tmp_path_factory, smaller_model, tiny_stage2, images) -> Mapping[str
         values |= {"output_dir": outputs[name], "cache_dir": folder / "cache", "output": None}
         words = [f"--{option}={value}" for option, value in values.items() if value is not None]
         spoil = str(images.parent / "photos" / spoil) if isinstance(spoil, str) else spoil
-        runs.append({"folder": str(folder), "count": count, "flags": words, "spoil": spoil})
+        asked = {"1": "SIGUSR1", "3": str(outputs[name] / "stop")} if name == "asked" else {}
+        runs.append({"folder": str(folder), "count": count, "flags": words, "spoil": spoil, "asked": asked})
     command = [sys.executable, "-m", "tests.several", json.dumps(runs)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -127,7 +129,7 @@ def results(tmp_path_factory, smaller_model, tiny_stage2, images) -> Mapping[str
     return {name: result(run, name) for name, run in zip(RUNS, runs)}
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("refused", "changing")])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in ("asked", "refused", "changing")])
 def test_all_of_them_finish_with_the_same_weights(results, name):
     result = results[name]
     assert result.codes == {0}, result.logs
@@ -207,6 +209,15 @@ def test_a_loss_of_one_that_is_not_finite_is_skipped_by_all_and_told_with_its_im
     assert "Step 2 is skipped" in said and result.logs[1] == ""
     [spoilt, others] = result.ranks[1].uses[1], result.ranks[0].uses[1]
     assert all(name in said for name in spoilt) and not any(name in said for name in others)
+
+
+def test_what_one_of_them_is_asked_for_all_of_them_do(results):
+    """The second one gets a SIGUSR1 in the second step; a file `stop` is there in the fourth."""
+    result = results["asked"]
+    assert result.codes == {143}
+    assert [path.name for path in checkpoints.found(result.output)] == ["checkpoint-2", "checkpoint-4"]
+    assert result.logs[0].count("To go on:") == 1 and result.logs[1] == ""
+    assert not (result.output / "stop").exists()
 
 
 def test_what_the_first_one_refuses_ends_the_others_too(results):
