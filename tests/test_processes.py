@@ -252,7 +252,7 @@ def project(tmp_path, smaller_model, images) -> Callable[..., subprocess.Popen]:
     exports = {
         "MODEL_TYPE": "deepfloyd-lora", "MODEL_NAME": smaller_model, "DATALOADER_CONFIG": images, "LORA_RANK": 2,
         "OUTPUT_DIR": tmp_path / "output", "CACHE_DIR": tmp_path / "cache", "TRAINING_NUM_PROCESSES": 2,
-        "MIXED_PRECISION": "no", "TRAIN_BATCH_SIZE": 2, "MAX_NUM_STEPS": 60, "CHECKPOINTING_STEPS": 1000,
+        "MIXED_PRECISION": "no", "TRAIN_BATCH_SIZE": 2, "MAX_NUM_STEPS": 100, "CHECKPOINTING_STEPS": 7,
         "RESOLUTION": 32, "REPORT_TO": "none", "OMP_NUM_THREADS": 1,
     }
     env_file.write_text("".join(f"export {name}='{value}'\n" for name, value in exports.items()))
@@ -264,16 +264,16 @@ def project(tmp_path, smaller_model, images) -> Callable[..., subprocess.Popen]:
     return start
 
 
-def test_a_signal_saves_once_and_one_that_is_killed_is_named_within_a_minute(project, tmp_path):
+def test_after_a_signal_and_a_process_that_was_killed_and_named_it_ends_with_the_same_bits(project, tmp_path):
     running = project()
     heard = list(until(running, "loss"))
     running.send_signal(signal.SIGTERM)
     said = "".join(heard) + running.stderr.read()
     assert running.wait(60) == 143, said
-    [saved] = checkpoints.found(tmp_path / "output")
+    saved = checkpoints.found(tmp_path / "output")[-1]
     assert said.count("To go on:") == 1 and "Traceback" not in said
 
-    again = project("--max_train_steps=2000", "--checkpointing_steps=5")
+    again = project()
     heard = list(until(again, "loss"))
     [second] = [pid for pid in children(again.pid) if rank_of(pid) == "1"]
     began = time.monotonic()
@@ -282,6 +282,13 @@ def test_a_signal_saves_once_and_one_that_is_killed_is_named_within_a_minute(pro
     assert again.wait(60) == LOST and time.monotonic() - began < 60
     assert f"Process 2 of 2 (rank 1, pid {second}) was killed by SIGKILL" in said and "Traceback" not in said
     assert saved in checkpoints.found(tmp_path / "output")
+
+    for flags in ([], [f"--output_dir={tmp_path / 'whole'}"]):
+        last = project(*flags)
+        said = last.stderr.read()
+        assert last.wait(60) == 0, said
+    ended, whole = (load_file(tmp_path / folder / ADAPTER) for folder in ("output", "whole"))
+    assert_equal(ended, whole)
 
 
 def until(process: subprocess.Popen, word: str) -> Iterator[str]:
