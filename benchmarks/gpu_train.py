@@ -112,7 +112,7 @@ def _measured(case: Case, config: dict[str, Any], steps: int, batch: int, backen
     if case.checkpointing:
         checkpoint_everything(parts.unet)
     if case.mode:
-        run.unet = torch.compile(run.unet, backend=backend, mode=case.mode, fullgraph=True, dynamic=False)
+        run.denoiser = torch.compile(run.denoiser, backend=backend, mode=case.mode, fullgraph=True, dynamic=False)
     data = random_batch(parts, batch, accelerator.device)
     first = _seconds(run, data, 1)
     if on_gpu:
@@ -120,7 +120,7 @@ def _measured(case: Case, config: dict[str, Any], steps: int, batch: int, backen
     a_step = _seconds(run, data, steps) / steps
     return {
         "parameters": sum(parameter.numel() for parameter in parts.unet.parameters()),
-        "trained_parameters": sum(parameter.numel() for parameter in trainable_parameters(parts.unet)),
+        "trained_parameters": sum(parameter.numel() for parameter in trainable_parameters(parts.denoiser)),
         **({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {}),
         "seconds_of_the_first_step": first,
         "seconds_a_step": a_step,

@@ -35,14 +35,15 @@ ENV_FILE = ROOT / "examples" / "demo" / "sd2x-env-stage2-base.sh"
 RESULT = ROOT / "benchmarks" / "results" / "stage2_conditioning.json"
 
 
-def x_t_twice(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> StepLoss:
+def x_t_twice(parts: Parts, denoiser: torch.nn.Module, batch: Batch, generator: torch.Generator) -> StepLoss:
     """The loss of a step that never shows the low-resolution image."""
-    x = parts.spec.space.encode(batch.images)
-    noise = gaussian(x.shape, parts.noise_offset, Draws(generator))
-    t = timesteps.draw(parts.timestep_weights, len(x), Draws(generator))
+    draws = Draws(generator)
+    x = parts.spec.space.encode(batch.images, draws)
+    noise = gaussian(x.shape, parts.noise_offset, draws)
+    t = timesteps.draw(parts.timestep_weights, len(x), draws)
     x_t = add_noise(parts.schedule, x, noise, t)
     unet_input = torch.cat([x_t, x_t], dim=1)
-    output = unet(unet_input, t, batch.prompt_embeds.to(x.dtype), class_labels=t).sample
+    output = denoiser(unet_input, t, batch.prompt_embeds, class_labels=t)
     return StepLoss(parts.objective(output.float(), x, x_t, noise, t), t)
 
 

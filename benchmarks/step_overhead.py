@@ -23,6 +23,7 @@ from diffusers import UNet2DConditionModel
 from benchmarks.machine import ROOT, write_result
 from benchmarks.synthetic import create_run, endless, random_batch, random_parts
 from helpers.data.collate import Batch
+from helpers.diffusion.draws import Draws
 from helpers.diffusion.noising import add_noise
 from helpers.models.adapters import trainable_parameters
 from helpers.models.lora import LoRA
@@ -57,7 +58,7 @@ def bare_loop(run: Run, batch: Batch, steps: int) -> None:
     unet, optimizer, parameters = run.parts.unet, run.optimizer.optimizer, trainable_parameters(run.parts.unet)
     text = batch.prompt_embeds.float()
     for _ in range(steps):
-        x = run.parts.spec.space.encode(batch.images)
+        x = run.parts.spec.space.encode(batch.images, Draws(run.generator))
         noise = torch.randn_like(x)
         t = torch.randint(1000, (len(x),), device=x.device)
         output = unet(add_noise(run.parts.schedule, x, noise, t), t, text).sample

@@ -65,13 +65,13 @@ def endless(batch: Batch) -> Iterator[tuple[Position, Batch]]:
 
 def create_run(parts: Parts, adapter: Adapter, trained: torch.dtype, optimizer: str, accelerator: Accelerator) -> Run:
     """A run over the parts, as the trainer makes it, with a constant learning rate and no end in sight."""
-    adapter.attach(parts.unet, trained)
-    made = OPTIMIZERS[optimizer](trainable_parameters(parts.unet), LEARNING_RATE, ADAM)
-    unet, made = accelerator.prepare(parts.unet, made)
+    adapter.attach(parts.denoiser, trained)
+    made = OPTIMIZERS[optimizer](trainable_parameters(parts.denoiser), LEARNING_RATE, ADAM)
+    denoiser, made = accelerator.prepare(parts.denoiser, made)
     return Run(
         accelerator=accelerator,
         parts=parts,
-        unet=unet,
+        denoiser=denoiser,
         optimizer=made,
         learning_rate=LearningRate("constant", LEARNING_RATE, 0.0, 0, 10**9),
         max_grad_norm=1.0,

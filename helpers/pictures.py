@@ -26,7 +26,10 @@ def validation_of(job: Job, texts: TextCaches, model: Path, datasets: Sequence[D
         inference_steps=options.validation_num_inference_steps,
         guidance=options.validation_guidance,
         seed=options.validation_seed,
-        scheduler_changes={"variance_type": job.adapter.origin.variance_type},
+        guidance_rescale=options.validation_guidance_rescale,
+        noise_scheduler=options.validation_noise_scheduler,
+        scheduler_changes=job.adapter.origin.scheduler_changes,
+        variant=job.config.model.variant,
     )
     if job.config.family.upscales:
         pictures = _upscales(job, texts, datasets, sampling)

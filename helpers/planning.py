@@ -176,9 +176,9 @@ def check_model(job: Job) -> Path | None:
     if job.config.run.dry_run and not is_local:
         return None
     configs = loading.fetch_configs(name, options.revision, job.spec)
-    loading.check(job.config.family, job.spec, configs)
+    loading.check(job.config.family, job.spec, configs, job.config.loss)
     if is_local:
-        loading.check_weight_files(configs, options.variant)
+        loading.check_weight_files(configs, options.variant, job.spec)
     return configs
 
 

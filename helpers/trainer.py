@@ -82,11 +82,11 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     datasets, pixels = _cache_pixels(job, plan.datasets)
     with processes.first_before_others():
         model = loading.fetch_weights(name, job.config.model.revision, variant, job.spec)
-    loading.check_weight_files(model, variant)
+    loading.check_weight_files(model, variant, job.spec)
     base = fingerprint_unet(model, variant)
     if plan.checkpoint:
         checkpoints.require_base(plan.checkpoint, base)
-    origin = origin_of(name, job.config.family.key, job.spec, model, job.config.loss.train_variance)
+    origin = origin_of(name, job.config.family.key, job.spec, model, assembly.loss_settings(job.config.loss))
     job = replace(job, adapter=replace(job.adapter, origin=origin), base=base)
     sampler = job.sampler(datasets)
     ending = job.ending(sampler)
@@ -159,7 +159,7 @@ def _collator(job: Job, texts: TextCaches, pixels: Sequence[PixelCache], pin_mem
 
 def _resume(run: Run, job: Job, checkpoint: Path, ending: Ending) -> None:
     with checkpoints.refused_if_other(checkpoint):
-        job.adapter.load_weights(run.parts.unet, checkpoint)
+        job.adapter.load_weights(run.parts.denoiser, checkpoint)
         run.restore(checkpoints.load_state(checkpoint)["run"])
     if run.step == job.since.step:  # its batches were cut anew here
         run.position = Position(job.since.epoch, job.since.batch)
@@ -192,7 +192,7 @@ def _train_and_export(
         keep = 0 if run.skipped_in_a_row else options.run.checkpoints_total_limit
         made = {"options": job.options["options"], "processes": processes.count, "data": data, "base": job.base}
         state = {**made, "since": job.since.state(), "run": run.state()}
-        processes.first_does(lambda: checkpoints.save(output, run.step, job.adapter, run.parts.unet, state, keep))
+        processes.first_does(lambda: checkpoints.save(output, run.step, job.adapter, run.parts.denoiser, state, keep))
 
     def answer(run: Run) -> None:
         run.requests.look(output)
@@ -229,7 +229,7 @@ def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> N
     """Export, and tell where everything is."""
     output = job.config.run.output_dir
     with run.averaged_weights():
-        result = job.adapter.export(run.parts.unet, model, output)
+        result = job.adapter.export(run.parts.denoiser, model, output)
     lines = [f"  {_shown(result)}    the result, for diffusers" + (", of averaged weights" if run.ema else "")]
     if job.config.training.use_bitfit:
         lines.append(f"  {_shown(output / BIASES_FILE)}    its biases alone, for pipeline.unet.load_state_dict")

@@ -32,7 +32,7 @@ from helpers.caching.pixels import PixelCache  # noqa: E402
 from helpers.data import preparation  # noqa: E402
 from helpers.data.collate import Batch  # noqa: E402
 from helpers.models.adapters import trainable_parameters  # noqa: E402
-from helpers.models.text import T5Encoder  # noqa: E402
+from helpers.models.text import TextEncoder  # noqa: E402
 from helpers.training import checkpoints, loop  # noqa: E402
 from helpers.training.step import StepLoss  # noqa: E402
 
@@ -62,7 +62,7 @@ def watch(seen: Seen, spoil: int | str | None, asked: dict[str, str], is_last: b
     if isinstance(spoil, str) and is_last:
         scan = preparation.scan_backend
         preparation.scan_backend = lambda backend: Path(spoil).write_text("another caption", "utf-8") and scan(backend)
-    computed, decode, encode = loop.training_loss, PixelCache._decode, T5Encoder.__call__
+    computed, decode, encode = loop.training_loss, PixelCache._decode, TextEncoder.__call__
     trained, save, end_step = loop.train, checkpoints.save, loop.Progress.end_step
 
     def loss(parts: Any, unet: Any, batch: Batch, generator: torch.Generator) -> StepLoss:
@@ -83,7 +83,7 @@ def watch(seen: Seen, spoil: int | str | None, asked: dict[str, str], is_last: b
     def train(run: loop.Run, *arguments: Any) -> None:
         trained(run, *arguments)
         digest = sha256()
-        for parameter in trainable_parameters(run.parts.unet):
+        for parameter in trainable_parameters(run.parts.denoiser):
             digest.update(parameter.detach().float().numpy().tobytes())
         seen.weights, seen.generator = digest.hexdigest(), sha256(run.generator.get_state().numpy()).hexdigest()
 
@@ -93,7 +93,7 @@ def watch(seen: Seen, spoil: int | str | None, asked: dict[str, str], is_last: b
 
     loop.training_loss, loop.train, loop.Progress.end_step = loss, train, end
     PixelCache._decode = count("decoded", decode, lambda cache, jobs, workers: len(jobs))
-    T5Encoder.__call__ = count("encoded", encode, lambda encoder, texts: len(texts))
+    TextEncoder.__call__ = count("encoded", encode, lambda encoder, texts: len(texts))
     checkpoints.save = count("saved", save, lambda *_: 1)
 
 

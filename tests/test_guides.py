@@ -18,17 +18,20 @@ from helpers.config.families import MODEL_TYPES
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS
 from helpers.config.paths import ROOT
 from helpers.models.bitfit import BitFit
+from helpers.models.denoiser import Denoiser
 from helpers.models.facts import origin_of
 from helpers.models.families import SPECS
 from helpers.models.full import Full
 from helpers.models.lora import LoRA
+from helpers.models.parts import LossSettings
 from helpers.models.published import architecture
 from helpers.sizes import Size
 from helpers.training.memory import Setup, estimate
 
 GUIDE = ROOT / "docs" / "deepfloyd.md"
+STABLE_DIFFUSION = ROOT / "docs" / "stable-diffusion.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
-PAGES = [GUIDE, ROOT / "README.md"]
+PAGES = [GUIDE, STABLE_DIFFUSION, ROOT / "README.md"]
 EXPORTS = {export: row for row in (*ROWS.values(), *LAUNCH_ROWS.values()) for export in row.all_exports}
 
 
@@ -59,8 +62,8 @@ def test_every_value_that_a_page_gives_an_export_is_one_that_it_takes(page):
             GROUPS[row.group].model_validate({row.name: value})
 
 
-def test_the_guide_knows_every_flavour_and_model_type():
-    text = GUIDE.read_text(encoding="utf-8")
+def test_the_guides_know_every_flavour_and_model_type():
+    text = "".join(guide.read_text(encoding="utf-8") for guide in (GUIDE, STABLE_DIFFUSION))
     families = {family.key: family for family, _ in MODEL_TYPES.values()}.values()
     flavours = [name for family in families for pair in family.flavours.items() for name in pair]
     assert [name for name in (*MODEL_TYPES, *flavours) if f"`{name}`" not in text] == []
@@ -166,7 +169,7 @@ def test_the_guides_code_runs(tmp_path, monkeypatch, tiny_model, tiny_stage2):
 
 def export(adapter, family: str, model, name: str, trains_variance: bool = True) -> None:
     """Write the result of a training that changed nothing."""
-    adapter = replace(adapter, origin=origin_of(str(model), family, SPECS[family], model, trains_variance))
+    adapter = replace(adapter, origin=origin_of(str(model), family, SPECS[family], model, LossSettings(trains_variance)))
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
-    adapter.attach(unet, torch.float32)
-    adapter.export(unet, model, Path("output") / name)
+    adapter.attach(Denoiser(unet), torch.float32)
+    adapter.export(Denoiser(unet), model, Path("output") / name)

@@ -25,7 +25,7 @@ from helpers.models import loading
 from helpers.models.bitfit import BIASES_FILE
 from helpers.models.facts import read_adapter_facts
 from helpers.models.lora import LoRA
-from helpers.models.text import T5Encoder
+from helpers.models.text import TextEncoder
 from helpers.training import checkpoints, loop
 from helpers.training.loop import Run
 from helpers.training.requests import COMMAND_MARK, STOP_FILE
@@ -592,7 +592,7 @@ def test_validation_that_fails_is_reported_gives_its_memory_back_and_leaves_trai
 
     def look(self: Validation, run: Run) -> None:
         validate(self, run)
-        seen.append((run.unet.training, [reference() for reference in made]))
+        seen.append((run.denoiser.training, [reference() for reference in made]))
 
     validate = Validation.__call__
     monkeypatch.setattr(PromptPictures, "render", fail)
@@ -642,7 +642,7 @@ def test_negative_prompt_and_guidance_change_the_picture(trainer, tmp_path):
 def test_the_text_encoder_is_freed_before_the_unet_is_loaded(trainer, monkeypatch):
     encoders, load = [], loading.load
 
-    def remember(self: T5Encoder, *arguments: object) -> None:
+    def remember(self: TextEncoder, *arguments: object) -> None:
         original(self, *arguments)
         encoders.append(weakref.ref(self.model))
 
@@ -650,8 +650,8 @@ def test_the_text_encoder_is_freed_before_the_unet_is_loaded(trainer, monkeypatc
         assert encoders and all(encoder() is None for encoder in encoders)
         return load(*arguments)
 
-    original = T5Encoder.__init__
-    monkeypatch.setattr(T5Encoder, "__init__", remember)
+    original = TextEncoder.__init__
+    monkeypatch.setattr(TextEncoder, "__init__", remember)
     monkeypatch.setattr(loading, "load", check)
     assert trainer() == 0
     assert len(encoders) == 1
@@ -702,7 +702,7 @@ def sending(number: int, function: Callable, at: int) -> Callable:
 
 # What is called then, for the how many-th time, the signal, and the step that is saved.
 MOMENTS = {
-    "caching texts": (T5Encoder, "__call__", 2, signal.SIGTERM, None),
+    "caching texts": (TextEncoder, "__call__", 2, signal.SIGTERM, None),
     "loading": (loading, "load", 1, signal.SIGINT, None),
     "first pictures": (PromptPictures, "render", 1, signal.SIGINT, 0),
     "step": (loop, "training_loss", 2, signal.SIGTERM, 2),
@@ -728,8 +728,8 @@ def test_a_signal_at_any_moment_ends_the_run_in_good_order_and_it_goes_on_as_if_
     assert saved == ([] if step is None else [f"checkpoint-{step}"])
     encoded = []
     with monkeypatch.context() as patched:
-        encode = T5Encoder.__call__
-        patched.setattr(T5Encoder, "__call__", lambda self, texts: (encoded.extend(texts), encode(self, texts))[1])
+        encode = TextEncoder.__call__
+        patched.setattr(TextEncoder, "__call__", lambda self, texts: (encoded.extend(texts), encode(self, texts))[1])
         assert trainer(**flags) == 0
     captions = int(re.search(r"(\d+) captions to encode", printed)[1])
     assert len(encoded) == (captions - 4 if moment == "caching texts" else 0), "what was encoded before it stays"
@@ -764,8 +764,8 @@ def test_sigusr1_saves_and_goes_on(trainer, tmp_path, monkeypatch, capfd):
 
 
 def test_an_embedding_that_is_not_finite_ends_the_run_in_words_before_training(trainer, tmp_path, monkeypatch, capfd):
-    encode = T5Encoder.__call__
-    monkeypatch.setattr(T5Encoder, "__call__", lambda self, texts: encode(self, texts) * torch.inf)
+    encode = TextEncoder.__call__
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, texts: encode(self, texts) * torch.inf)
     assert trainer() == 2
     said = capfd.readouterr().err
     assert "the text encoder returned inf or NaN for the caption '" in said and "Traceback" not in said

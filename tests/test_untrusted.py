@@ -165,7 +165,7 @@ def test_a_list_of_shards_cannot_lead_to_a_pickle_or_elsewhere(model, mark, pois
     index = {"metadata": {}, "weight_map": {name: shard for name in names}}
     (model / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(WeightsError, match="index.json names"):
-        loading.check_weight_files(model, None)
+        loading.check_weight_files(model, None, SPEC)
     assert not mark.exists()
 
 

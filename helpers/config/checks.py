@@ -56,6 +56,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _tracker(config)
     if config.run.strict and config.run.check == "none":
         yield Problem(("strict", "check"), "found true without a check, whose exit code it sets: type --check beside it")
+    yield from _schedulers(config)
     if config.validation.validation_guidance_rescale and not config.family.guidance_rescale:
         yield Problem(
             ("validation_guidance_rescale", "model_type"),
@@ -154,6 +155,21 @@ def _validation_sizes(config: Config) -> Iterator[Problem]:
                 f"found {size}, {family.name} makes images of {smallest} pixels and more, of which its low-resolution "
                 f"input has a quarter: type edges of at least {smallest}",
             )
+
+
+def _schedulers(config: Config) -> Iterator[Problem]:
+    family, name = config.family, config.validation.validation_noise_scheduler
+    if name not in family.noise_schedulers:
+        yield Problem(
+            ("validation_noise_scheduler", "model_type"),
+            f"found {name!r}, {family.name} is sampled with {one_of(family.noise_schedulers)}",
+        )
+    if config.loss.rescale_betas_zero_snr and config.loss.prediction_type == "epsilon":
+        yield Problem(
+            ("rescale_betas_zero_snr", "prediction_type"),
+            "found true beside prediction_type epsilon: where the last timestep is noise alone, the noise tells nothing "
+            "of the image, so set it to false, or train weights that predict v",
+        )
 
 
 def _precision(config: Config) -> Iterator[Problem]:
@@ -298,7 +314,7 @@ def _what_is_trained(config: Config) -> Iterator[Problem]:
     if config.training_kind == "full":
         yield from _adapter_of_full(config, of_kind)
         return
-    layers = LORA_TARGETS[config.lora.lora_targets]
+    layers = [name for name in LORA_TARGETS[config.lora.lora_targets] if name not in config.family.lacks_layers]
     for name in config.lora.ranks:
         if name not in layers:
             yield Problem(

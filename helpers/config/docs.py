@@ -14,7 +14,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from helpers.config.backends import ImageBackend, TextEmbedsBackend
-from helpers.config.families import MODEL_TYPES
+from helpers.config.families import BY_MODEL, MODEL_TYPES, Family
 from helpers.config.later import LATER, LATER_PREFIXES
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS, Group, Row
 from helpers.config.paths import ROOT
@@ -94,11 +94,16 @@ def _value(row: Row) -> str:
 def default_words(row: Row) -> str:
     """The default of an option, in words where it depends on others."""
     if row.by_family:
-        defaults = {family.name: _default(getattr(family, row.name)) for family, _ in MODEL_TYPES.values()}
+        defaults = {family.name: _of_family(family, row.name) for family, _ in MODEL_TYPES.values()}
         if len(set(defaults.values())) == 1:
             return next(iter(defaults.values()))
         return ", ".join(f"{value} ({name})" for name, value in defaults.items())
     return row.default_words or _default(row.field.default)
+
+
+def _of_family(family: Family, name: str) -> str:
+    others = {str(edge) for edge in family.resolutions.values()} if name in BY_MODEL else set()
+    return " or ".join([_default(getattr(family, name)), *sorted(others)])
 
 
 def _default(value: object) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
 
+from helpers.config.jsonfile import BadJson, load_json
 from helpers.config.paths import ROOT, from_root
 from helpers.sizes import Size
 
@@ -18,8 +19,11 @@ class Family:
     """One kind of UNet, and the defaults that follow from it.
 
     `flavours` maps a flavour's name to its hub id. `alignment` is the number of pixels that every edge must be a
-    multiple of; `resolution` is the edge in pixels at which the family was trained. A family that `upscales` learns
-    from images and their low-resolution copies: an image below the resolution would teach it blur.
+    multiple of; `resolution` is the edge in pixels at which the family was trained, and `resolutions` that of flavours
+    which were trained at another. A family that `upscales` learns from images and their low-resolution copies: an
+    image below the resolution would teach it blur. `generations` are narrower names for `model_family`, each with its
+    flavours, the default first. `pixels_per_latent` is set where a VAE stands between images and UNet. `lacks_layers`
+    are those of `LORA_TARGETS` that its UNet has not.
     """
 
     key: str
@@ -29,14 +33,39 @@ class Family:
     default_flavour: str
     alignment: int
     resolution: int
-    validation_resolution: tuple[Size, ...]
     data_backend_config: Path
     mixed_precisions: tuple[str, ...]
     guidance_rescale: bool
+    validation_noise_scheduler: str
+    noise_schedulers: tuple[str, ...]
     validation_guidance: float
     num_eval_images: int
     upscales: bool = False
     largest_factor: int = 4
+    resolutions: Mapping[str, int] = field(default_factory=dict, repr=False)
+    generations: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    pixels_per_latent: int | None = None
+    lacks_layers: tuple[str, ...] = ()
+
+    @property
+    def validation_resolution(self) -> tuple[Size, ...]:
+        return (Size(self.resolution, self.resolution),)
+
+    @property
+    def model_families(self) -> tuple[str, ...]:
+        """All that `model_family` may call it."""
+        return (self.model_family, *self.generations)
+
+    def native_edge(self, flavour: str | None, name: str) -> int:
+        """The edge in pixels that a model was trained at, as far as that can be told without a download."""
+        if flavour is not None or self.pixels_per_latent is None:
+            return self.resolutions.get(flavour, self.resolution)
+        try:
+            edge = load_json(Path(name) / "unet" / "config.json")["sample_size"] * self.pixels_per_latent
+        except (OSError, BadJson, LookupError, TypeError):  # not a folder here; what it holds is checked later
+            return self.resolution
+        fits = isinstance(edge, int) and self.alignment <= edge <= self.resolution * self.largest_factor
+        return edge if fits and edge % self.alignment == 0 else self.resolution
 
 
 DEEPFLOYD_I = Family(
@@ -51,10 +80,11 @@ DEEPFLOYD_I = Family(
     default_flavour="i-medium-400m",
     alignment=8,
     resolution=64,
-    validation_resolution=(Size(64, 64),),
     data_backend_config=ROOT / "multidatabackend_deepfloyd.json",
     mixed_precisions=("no", "bf16"),
     guidance_rescale=False,
+    validation_noise_scheduler="ddpm",
+    noise_schedulers=("ddpm",),
     validation_guidance=7.5,
     num_eval_images=0,
 )
@@ -70,13 +100,42 @@ DEEPFLOYD_II = Family(
     default_flavour="ii-medium-450m",
     alignment=16,
     resolution=256,
-    validation_resolution=(Size(256, 256),),
     data_backend_config=ROOT / "multidatabackend_deepfloyd.json",
     mixed_precisions=("no", "bf16"),
     guidance_rescale=False,
+    validation_noise_scheduler="ddpm",
+    noise_schedulers=("ddpm",),
     validation_guidance=4.0,
     num_eval_images=4,
     upscales=True,
+)
+
+STABLE_DIFFUSION = Family(
+    key="sd",
+    name="Stable Diffusion 1.x/2.x",
+    model_family="sd",
+    flavours=MappingProxyType({
+        "1.4": "CompVis/stable-diffusion-v1-4",
+        "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "2.0-base": "stabilityai/stable-diffusion-2-base",
+        "2.0": "stabilityai/stable-diffusion-2",
+        "2.1-base": "stabilityai/stable-diffusion-2-1-base",
+        "2.1": "stabilityai/stable-diffusion-2-1",
+    }),
+    default_flavour="2.1",
+    alignment=64,
+    resolution=512,
+    data_backend_config=ROOT / "multidatabackend_sd2x.json",
+    mixed_precisions=("no", "bf16"),
+    guidance_rescale=True,
+    validation_noise_scheduler="ddim",
+    noise_schedulers=("ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"),
+    validation_guidance=7.5,
+    num_eval_images=0,
+    resolutions=MappingProxyType({"2.0": 768, "2.1": 768}),
+    generations=MappingProxyType({"sd1x": ("1.5", "1.4"), "sd2x": ("2.1", "2.1-base", "2.0", "2.0-base")}),
+    pixels_per_latent=8,
+    lacks_layers=("add_k_proj", "add_v_proj"),
 )
 
 MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
@@ -84,6 +143,8 @@ MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
     "deepfloyd-full": (DEEPFLOYD_I, "full"),
     "deepfloyd-stage2-lora": (DEEPFLOYD_II, "lora"),
     "deepfloyd-stage2": (DEEPFLOYD_II, "full"),
+    "lora": (STABLE_DIFFUSION, "lora"),
+    "full": (STABLE_DIFFUSION, "full"),
 })
 """The names that MODEL_TYPE may have: what is trained (a family's row), and how ("lora" or "full")."""
 
@@ -92,6 +153,9 @@ FLAVOURS: tuple[str, ...] = tuple(
 )
 
 TRAINING_KINDS = ("lora", "full")
+
+BY_MODEL = ("resolution", "validation_resolution")
+"""Defaults of a family that some of its flavours have otherwise: see `Model.as_trained`."""
 
 # IF keeps its text keys and values in add_k_proj and add_v_proj: without them a caption can hardly be learned.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
@@ -125,6 +189,11 @@ class Model:
     flavour: str | None
     name: str
 
+    @property
+    def as_trained(self) -> Family:
+        """The family, at the resolution that this model of it was trained at."""
+        return replace(self.family, resolution=self.family.native_edge(self.flavour, self.name))
+
 
 def resolve(
     model_type: str | None, model_family: str | None, model_flavour: str | None, model_name: str | None
@@ -140,7 +209,7 @@ def resolve(
     """
     full_type = _full_type(model_type, model_family, model_flavour or _known_flavour(model_name))
     family, kind = MODEL_TYPES[full_type]
-    if model_family is not None and model_family != family.model_family:
+    if model_family is not None and model_family not in family.model_families:
         raise Contradiction(
             "model_family",
             f"found {model_family!r} beside model_type {full_type!r}, which is {family.model_family!r}: "
@@ -148,36 +217,33 @@ def resolve(
         )
     flavour = model_flavour or _flavour_of(model_name, family)
     _check_flavour(flavour, family, kind)
+    generation = family.generations.get(model_family)
+    if generation and flavour is not None and flavour not in generation:
+        words = f"found {flavour!r} beside model_family {model_family!r}: type {_one_of(generation)}"
+        raise Contradiction("model_flavour", f"{words}, or remove one of the two")
     if model_name is None:
-        flavour = flavour or family.default_flavour
+        flavour = flavour or (generation[0] if generation else family.default_flavour)
         return Model(full_type, family, flavour, family.flavours[flavour])
     _check_name(model_name, model_flavour, family, kind)
     return Model(full_type, family, flavour, _local_or_hub(model_name))
 
 
 def _full_type(model_type: str | None, model_family: str | None, model_flavour: str | None) -> str:
-    if model_type in MODEL_TYPES:
+    if model_type in MODEL_TYPES and model_type not in TRAINING_KINDS:
         return model_type
     if model_type is not None and model_type not in TRAINING_KINDS:
         raise Contradiction("model_type", _unknown(model_type, MODEL_TYPES))
     if model_family is None:
-        raise Contradiction("model_type", _without_family(model_type))
+        if model_type is None:
+            raise Contradiction("model_type", f"is not set, needs {_one_of(MODEL_TYPES)}")
+        return model_type
     kind = model_type or "lora"
-    rows = {name: row for name, row in MODEL_TYPES.items() if row[0].model_family == model_family}
-    if not rows:
-        families = {family.model_family for family, _ in MODEL_TYPES.values()}
+    rows = {name: family for name, (family, own) in MODEL_TYPES.items() if own == kind}
+    called = [name for name, family in rows.items() if model_family in family.model_families]
+    if not called:
+        families = {name for family in rows.values() for name in family.model_families}
         raise Contradiction("model_family", _unknown(model_family, families))
-    flavoured = [name for name, row in rows.items() if row[1] == kind and model_flavour in row[0].flavours]
-    return flavoured[0] if flavoured else next(name for name, row in rows.items() if row[1] == kind)
-
-
-def _without_family(kind: str | None) -> str:
-    if kind is None:
-        return f"is not set, needs {_one_of(MODEL_TYPES)}"
-    return (
-        f"found {kind!r} without a model_family, which is the name of a Stable Diffusion model: this version does not "
-        f"train it yet; type {_one_of(MODEL_TYPES)}, or set model_family to {DEEPFLOYD_I.model_family} beside it"
-    )
+    return next((name for name in called if model_flavour in rows[name].flavours), called[0])
 
 
 def _flavour_of(model_name: str | None, family: Family) -> str | None:
@@ -211,8 +277,10 @@ def _check_name(model_name: str, model_flavour: str | None, family: Family, kind
             "model_flavour",
             f"found {model_flavour!r} beside the model {model_name!r}, which is {own!r}: remove one of the two",
         )
-    if own is None and model_name.startswith("DeepFloyd/") and not os.path.isdir(from_root(model_name)):
-        other = _other_type(_known_flavour(model_name), kind)
+    known = _known_flavour(model_name)
+    is_others = own is None and (known is not None or model_name.startswith("DeepFloyd/"))
+    if is_others and not os.path.isdir(from_root(model_name)):
+        other = _other_type(known, kind)
         raise Contradiction(
             "pretrained_model_name_or_path",
             f"found {model_name!r}, {other or f'which is not a {family.name} model'}; or "

@@ -265,15 +265,18 @@ def _resolve(options: ModelOptions, refused: set[str], problems: list[str]) -> M
 def _completed(config: Config, given: set[str], model: Model) -> Config:
     """`config` with the defaults that follow from the family and from other options."""
     by_family = {
-        name: getattr(model.family, name) for name, row in ROWS.items() if row.by_family and name not in given
+        name: getattr(model.as_trained, name) for name, row in ROWS.items() if row.by_family and name not in given
     }
     epochs = 0 if config.training.max_train_steps else DEFAULT_EPOCHS
     optimizer = config.optimizer.optimizer or ("adamw_bf16" if config.training.pure_bf16 else "adamw")
+    # Lin et al. 2024 take 0.7: with less, guidance burns out pictures that are sampled from noise alone.
+    rescaled = config.loss.rescale_betas_zero_snr and model.family.guidance_rescale
+    rescale = {} if "validation_guidance_rescale" in given else {"validation_guidance_rescale": 0.7 if rescaled else 0.0}
     by_optimizer = {"learning_rate": OPTIMIZERS[optimizer].learning_rate, "adam_beta2": OPTIMIZERS[optimizer].beta2}
     filled = {
         "model": _model_values(model),
         "data": {name: value for name, value in by_family.items() if ROWS[name].group == "data"},
-        "validation": {name: value for name, value in by_family.items() if ROWS[name].group == "validation"},
+        "validation": {name: value for name, value in by_family.items() if ROWS[name].group == "validation"} | rescale,
         "training": {} if "num_train_epochs" in given else {"num_train_epochs": epochs},
         "optimizer": {"optimizer": optimizer} | {
             name: value for name, value in by_optimizer.items() if getattr(config.optimizer, name) is None

@@ -186,9 +186,9 @@ class ModelOptions(Group):
         help=f"What to train: {', '.join(MODEL_TYPES)}; or lora or full, beside model_family.",
         default_words="lora, where model_family is set")
     model_family: Text | None = option(
-        help="The family of models (deepfloyd), the other way to say the model type.", default_words="by model_type")
+        help="The family of models (deepfloyd, sd, sd1x, sd2x), the other way to say the model type.", default_words="by model_type")
     model_flavour: Text | None = option(
-        help=f"Which of the family's models: {', '.join(FLAVOURS)}.", default_words="i-medium-400m or ii-medium-450m")
+        help=f"Which of the family's models: {', '.join(FLAVOURS)}.", default_words="i-medium-400m, ii-medium-450m, or 2.1")
     pretrained_model_name_or_path: ModelName | None = option(
         export="MODEL_NAME", help="The weights: a hub id, or a local folder in the diffusers layout.",
         default_words="the flavour's hub id")
@@ -259,6 +259,10 @@ class LossOptions(Group):
         0.0, export="MIN_SNR_GAMMA", ge=0,
         help="Min-SNR weighting: the smaller, the less the nearly clear timesteps count; 0: all count the same.")
     soft_min_snr: Switch = option(False, export="USE_SOFT_MIN_SNR", help="Min-SNR weighting without its corner.")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        default_words="as the weights say", help="What the UNet predicts; another than the weights say is refused.")
+    rescale_betas_zero_snr: Switch = option(
+        False, help="Zero terminal SNR: the last timestep becomes noise alone; for weights that predict v.")
     noise_offset: Real = option(
         0.0, ge=0, le=1, help="Offset noise: how much the brightness of whole images is noised too, such as 0.05.")
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
@@ -334,7 +338,11 @@ class ValidationOptions(Group):
         250, ge=0, unit="steps", help="Steps between validations; 0: only before the first step and after the last.")
     validation_num_inference_steps: Whole = option(25, ge=1, unit="steps", help="Denoising steps per image.")
     validation_guidance: Real = option(by_family=True, ge=1, help="Classifier-free guidance scale; 1: none.")
-    validation_guidance_rescale: Real = option(0.0, ge=0, le=1, help="Rescaling of guidance; 0: none.")
+    validation_guidance_rescale: Real | None = option(
+        ge=0, le=1, default_words="0, or 0.7 with rescale_betas_zero_snr",
+        help="How far the contrast that guidance adds is taken back; 0: not at all.")
+    validation_noise_scheduler: Literal["ddpm", "ddim", "euler", "euler-a", "unipc", "dpm++"] = option(
+        by_family=True, help="The scheduler that validation images are sampled with.")
     num_eval_images: Whole = option(
         by_family=True, ge=0, unit="images",
         help="Stage II: how many images of each dataset to upscale at each validation, always the same ones.")

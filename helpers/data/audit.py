@@ -31,7 +31,7 @@ from helpers.files import on_one_line, printable
 from helpers.images.geometry import MAX_ASPECT, Plan
 from helpers.images.loading import Unreadable, load, transparent_share
 from helpers.models.loading import at_hand
-from helpers.models.text import T5
+from helpers.models.text import CLIP, T5, length_counter
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".captions", ".cap", ".tags")
 """Names under which others keep captions as plain text; only .txt is read."""
@@ -134,21 +134,21 @@ class TextSide:
         return None if self.width is None else len(set(texts)) * self.limit * self.width * 2
 
 
-def text_side(text: T5, model: str, revision: str | None) -> TextSide:
+def text_side(text: T5 | CLIP, model: str, revision: str | None) -> TextSide:
     """Look at a model's text side without its weights and without a download."""
     length_of, width, missing = None, None, ["how long a step takes: only training tells"]
     tokenizer = at_hand(model, revision, "tokenizer/tokenizer_config.json")
     why = "is not here, and a check downloads nothing"
     if tokenizer:
         try:
-            length_of = text.length_counter(tokenizer.parent)
+            length_of = length_counter(tokenizer.parent)
         except Exception as error:  # the tokenizers' library raises nothing more special
             why = f"cannot be read ({error})"
     if length_of is None:
         missing.append(f"whether captions are cut at {text.length} tokens: the tokenizer of {model} {why}")
     encoder = at_hand(model, revision, "text_encoder/config.json")
     try:
-        width = int(load_json(encoder)["d_model"]) if encoder else None
+        width = int(load_json(encoder)[text.width_key]) if encoder else None
     except (OSError, ValueError, LookupError, TypeError):
         width = None
     if width is None:

@@ -20,7 +20,7 @@ from helpers.config.backends import Backends, ImageBackend
 from helpers.data.collate import Source
 from helpers.data.dataset import Dataset, plan_dataset
 from helpers.data.scan import Captions, Scan, scan
-from helpers.models.text import T5, T5Encoder
+from helpers.models.text import CLIP, T5, TextEncoder
 from helpers.processes import Processes
 
 NULL_CAPTION = ""
@@ -80,7 +80,7 @@ def scan_backend(backend: ImageBackend, may_be_empty: bool = False) -> Scan:
         )
 
 
-def prepare_captions(text: T5, captions: Iterable[str]) -> dict[str, str]:
+def prepare_captions(text: T5 | CLIP, captions: Iterable[str]) -> dict[str, str]:
     """Every caption, and the empty one, with the text that the encoder reads.
 
     All else looks it up here: cleaning takes 0.3-0.5 ms a caption, which while training would hold a whole epoch to
@@ -91,7 +91,7 @@ def prepare_captions(text: T5, captions: Iterable[str]) -> dict[str, str]:
     return {caption: _prepared(text, caption) for caption in bar}
 
 
-def _prepared(text: T5, caption: str) -> str:
+def _prepared(text: T5 | CLIP, caption: str) -> str:
     prepared = text.prepare(caption)
     return caption if prepared == caption else prepared  # one string, not two equal ones
 
@@ -136,7 +136,7 @@ def cache_pixels(
 
 
 def open_text_caches(
-    text: T5, model: Path, backends: Backends, prepared: Mapping[str, str], variant: str | None = None
+    text: T5 | CLIP, model: Path, backends: Backends, prepared: Mapping[str, str], variant: str | None = None
 ) -> TextCaches:
     """Open the embed caches that belong to this model's text encoder, in the variant that is loaded."""
     fingerprint = text.fingerprint(model, variant)
@@ -146,7 +146,7 @@ def open_text_caches(
 
 
 def cache_texts(
-    text: T5,
+    text: T5 | CLIP,
     model: Path,
     caches: TextCaches,
     wanted: Mapping[str, Sequence[str]],
@@ -178,7 +178,7 @@ def cache_texts(
 
 
 def _encode(
-    encoder: T5Encoder,
+    encoder: TextEncoder,
     caches: TextCaches,
     texts: Mapping[str, Sequence[str]],
     batch_size: int,

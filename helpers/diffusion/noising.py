@@ -88,6 +88,11 @@ def predict_x_0(schedule: Schedule, x_t: Tensor, eps: Tensor, t: Tensor) -> Tens
     return (x_t - at(schedule.sqrt_one_minus_alphas_cumprod, t) * eps) / at(schedule.sqrt_alphas_cumprod, t)
 
 
+def velocity(schedule: Schedule, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """v = sqrt(ac_t) eps - sqrt(1 - ac_t) x_0 (Salimans & Ho 2022, appendix D)."""
+    return at(schedule.sqrt_alphas_cumprod, t) * eps - at(schedule.sqrt_one_minus_alphas_cumprod, t) * x_0
+
+
 def posterior_mean(schedule: Schedule, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """The mean of q(x_{t-1} | x_t, x_0) (DDPM eq. 7)."""
     return at(schedule.posterior_mean_coef1, t) * x_0 + at(schedule.posterior_mean_coef2, t) * x_t

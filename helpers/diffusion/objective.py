@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from helpers.diffusion.noising import Schedule
+from helpers.diffusion.noising import Schedule, velocity
 from helpers.diffusion.variance import variational_bound
 
 
@@ -45,3 +45,21 @@ class EpsilonObjective:
         return replace(self, schedule=self.schedule.to(device), weights=self.weights.to(device))
 
 
+@dataclass(frozen=True)
+class VelocityObjective:
+    """v-prediction: L = mean(w_t (v - v_hat)^2) (Salimans & Ho 2022, appendix D).
+
+    Args:
+        weights: w_t, float32 `[T]`.
+    """
+
+    schedule: Schedule
+    weights: Tensor
+
+    def __call__(self, output: Tensor, x_0: Tensor, x_t: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The loss of a batch: a float32 scalar. All tensors are float32 `[B, C, H, W]`, t is int64 `[B]`."""
+        squared_error = (output - velocity(self.schedule, x_0, eps, t)).square().mean(dim=(1, 2, 3))
+        return (self.weights[t] * squared_error).mean()
+
+    def to(self, device: torch.device) -> VelocityObjective:
+        return replace(self, schedule=self.schedule.to(device), weights=self.weights.to(device))

@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from helpers.models.denoiser import Denoiser
 from helpers.models.facts import Origin, metadata
 from helpers.models.pipelines import read_unet, write_pipeline
 
@@ -26,9 +27,9 @@ class BitFit:
     variant: str | None = None
     origin: Origin | None = None
 
-    def attach(self, unet: UNet2DConditionModel, weights_dtype: torch.dtype) -> None:
-        unet.requires_grad_(False)
-        for module in unet.modules():
+    def attach(self, denoiser: Denoiser, weights_dtype: torch.dtype) -> None:
+        denoiser.requires_grad_(False)
+        for module in denoiser.unet.modules():
             own = dict(module.named_parameters(recurse=False))
             if "bias" not in own:
                 continue
@@ -37,26 +38,26 @@ class BitFit:
                 if parameter.ndim == 1:  # with the bias a norm's weight, since norms take both in one dtype only
                     parameter.data = parameter.data.to(weights_dtype)
 
-    def save_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
+    def save_weights(self, denoiser: Denoiser, folder: Path) -> None:
         """Write the biases under the names that the UNet's `load_state_dict(..., strict=False)` takes."""
-        biases = {name: bias.detach().contiguous() for name, bias in _biases(unet).items()}
+        biases = {name: bias.detach().contiguous() for name, bias in _biases(denoiser.unet).items()}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(biases, folder / BIASES_FILE, metadata(self.origin, kind="bitfit"))
 
-    def load_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
-        saved, biases = load_file(folder / BIASES_FILE), _biases(unet)
+    def load_weights(self, denoiser: Denoiser, folder: Path) -> None:
+        saved, biases = load_file(folder / BIASES_FILE), _biases(denoiser.unet)
         if saved.keys() != biases.keys():
             raise ValueError(f"{folder / BIASES_FILE} does not fit: {sorted(saved.keys() ^ biases.keys())}")
-        unet.load_state_dict(saved, strict=False)
+        denoiser.unet.load_state_dict(saved, strict=False)
 
-    def export(self, unet: UNet2DConditionModel, base: Path, output: Path) -> Path:
+    def export(self, denoiser: Denoiser, base: Path, output: Path) -> Path:
         """Write the biases, and beside them a whole pipeline, which diffusers can load by itself.
 
         It is the base but for the biases, in the base's own dtype: what training kept frozen it may have kept rounded.
         """
-        self.save_weights(unet, output)
+        self.save_weights(denoiser, output)
         tuned = read_unet(base, self.variant)
-        tuned.load_state_dict(_biases(unet), strict=False)
+        tuned.load_state_dict(_biases(denoiser.unet), strict=False)
         return write_pipeline(tuned, base, output, self.variant, self.origin)
 
 

@@ -12,6 +12,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from pydantic import TypeAdapter
 from safetensors import safe_open
 
+from helpers.models.parts import LossSettings
+from helpers.models.schedulers import ZERO_TERMINAL_SNR, prediction_type_of
 from helpers.models.spec import Spec
 
 PREFIX = "floydtuner."
@@ -26,6 +28,8 @@ class Origin:
         family: the key of a `config.families.Family`, which tells the stage.
         pipeline: the class of diffusers that samples it.
         variance_type: that of the scheduler to sample with: a predicted variance is of use only where it was trained.
+            None for schedulers that know none.
+        zero_terminal_snr: see `schedulers.ZERO_TERMINAL_SNR`.
         caption_cleaning: how captions are prepared, the `cleaning` of the family's text side.
         token_length: positions of the text that the UNet attends to.
     """
@@ -34,9 +38,16 @@ class Origin:
     family: str
     pipeline: str
     prediction_type: str
-    variance_type: str
+    variance_type: str | None = None
+    zero_terminal_snr: bool = False
     caption_cleaning: str
     token_length: int
+
+    @property
+    def scheduler_changes(self) -> dict[str, Any]:
+        """What a scheduler of the base must be told to sample what was trained."""
+        variance = {"variance_type": self.variance_type} if self.variance_type else {}
+        return variance | (dict(ZERO_TERMINAL_SNR) if self.zero_terminal_snr else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,27 +69,29 @@ class AdapterFacts(Origin):
     rslora: bool = False
 
 
-def variance_type_of(folder: Path) -> str:
-    """The variance that the scheduler of the pipeline in `folder` samples with, as diffusers names it."""
-    return DDPMScheduler.load_config(folder / "scheduler").get("variance_type", "fixed_small")
+def variance_type_of(folder: Path) -> str | None:
+    """The variance that the scheduler of the pipeline in `folder` samples with, as diffusers names it, if it says so."""
+    return DDPMScheduler.load_config(folder / "scheduler").get("variance_type")
 
 
-def origin_of(name: str, family: str, spec: Spec, folder: Path, trains_variance: bool) -> Origin:
+def origin_of(name: str, family: str, spec: Spec, folder: Path, loss: LossSettings) -> Origin:
     """The origin of what is trained on the weights in `folder`.
 
     Args:
         name: as the user gave it: a hub id or a folder's path.
-        trains_variance: whether the variance is trained too, where the UNet predicts one.
+        loss: what is trained; a variance only where the UNet predicts one.
     """
     predicted = UNet2DConditionModel.load_config(folder / "unet")["out_channels"] == 2 * spec.space.channels
     own = variance_type_of(folder)
-    fixed = "fixed_small" if predicted or own.startswith("learned") else own  # the base's, where nothing changes it
+    # The base's, where nothing changes it.
+    fixed = "fixed_small" if predicted or (own and own.startswith("learned")) else own
     return Origin(
         base_model=Path(name).name if Path(name).is_dir() else name,
         family=family,
         pipeline=spec.pipeline,
-        prediction_type=DDPMScheduler.load_config(folder / "scheduler").get("prediction_type", "epsilon"),
-        variance_type="learned_range" if predicted and trains_variance else fixed,
+        prediction_type=prediction_type_of(folder),
+        variance_type="learned_range" if predicted and loss.trains_variance else fixed,
+        zero_terminal_snr=loss.zero_terminal_snr,
         caption_cleaning=spec.text.cleaning,
         token_length=spec.text.length,
     )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II
+from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II, STABLE_DIFFUSION
 from helpers.models.conditioning import NoisedLowRes, TextOnly
-from helpers.models.spaces import Pixels
+from helpers.models.spaces import Latents, Pixels
 from helpers.models.spec import Spec
-from helpers.models.text import T5
+from helpers.models.text import CLIP, T5
 
 SPECS = {
     DEEPFLOYD_I.key: Spec(space=Pixels(), text=T5(), conditioning=TextOnly(), pipeline="IFPipeline"),
     DEEPFLOYD_II.key: Spec(
         space=Pixels(), text=T5(), conditioning=NoisedLowRes(), pipeline="IFSuperResolutionPipeline"
+    ),
+    STABLE_DIFFUSION.key: Spec(
+        space=Latents(),
+        text=CLIP(),
+        conditioning=TextOnly(),
+        pipeline="StableDiffusionPipeline",
+        predictions=("epsilon", "v_prediction"),
     ),
 }

@@ -11,8 +11,13 @@ SAMPLE_BYTES = 4096
 
 def fingerprint_unet(model: Path, variant: str | None) -> str:
     """A fingerprint of the UNet that is loaded from a pipeline's folder."""
+    return fingerprint_model(model / "unet", variant)
+
+
+def fingerprint_model(folder: Path, variant: str | None) -> str:
+    """A fingerprint of one of diffusers' models: of those files that are read for this variant."""
     weights = "diffusion_pytorch_model" + (f".{variant}" if variant else "")
-    return fingerprint_files(model / "unet", ("config.json", f"{weights}.safetensors", f"{weights}-*.safetensors"))
+    return fingerprint_files(folder, ("config.json", f"{weights}.safetensors", f"{weights}-*.safetensors"))
 
 
 def fingerprint_files(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 
+from helpers.models.denoiser import Denoiser
 from helpers.models.facts import Origin
 from helpers.models.pipelines import save_unet, write_pipeline
 
@@ -23,16 +24,16 @@ class Full:
     variant: str | None = None
     origin: Origin | None = None
 
-    def attach(self, unet: UNet2DConditionModel, weights_dtype: torch.dtype) -> None:
-        for parameter in unet.requires_grad_(True).parameters():
+    def attach(self, denoiser: Denoiser, weights_dtype: torch.dtype) -> None:
+        for parameter in denoiser.unet.requires_grad_(True).parameters():
             parameter.data = parameter.data.to(weights_dtype)
 
-    def save_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
-        save_unet(unet, folder / "unet")
+    def save_weights(self, denoiser: Denoiser, folder: Path) -> None:
+        save_unet(denoiser.unet, folder / "unet")
 
-    def load_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
-        saved = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=unet.dtype, use_safetensors=True)
-        unet.load_state_dict(saved.state_dict())
+    def load_weights(self, denoiser: Denoiser, folder: Path) -> None:
+        saved = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=denoiser.dtype, use_safetensors=True)
+        denoiser.unet.load_state_dict(saved.state_dict())
 
-    def export(self, unet: UNet2DConditionModel, base: Path, output: Path) -> Path:
-        return write_pipeline(unet, base, output, self.variant, self.origin)
+    def export(self, denoiser: Denoiser, base: Path, output: Path) -> Path:
+        return write_pipeline(denoiser.unet, base, output, self.variant, self.origin)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 
 from helpers.config.families import MODEL_TYPES, Family
 from helpers.config.jsonfile import MAX_BYTES, BadJson, load_json
-from helpers.config.options import ROWS
+from helpers.config.options import ROWS, LossOptions
 from helpers.config.problems import found
-from helpers.diffusion.noising import Schedule, schedule_from_betas
 from helpers.models.errors import OPTION, WeightsError, unfit
 from helpers.models.families import SPECS
 from helpers.models.parts import LossSettings, Parts, put_together
+from helpers.models.schedulers import ZERO_TERMINAL_SNR, prediction_type_of, schedule_of
 from helpers.models.spec import Spec
 
 LARGEST_JSON = 100_000_000  # bytes; tokenizer.json with a vocabulary of 250,000 pieces has 17 MB
@@ -34,8 +34,14 @@ SMALLEST_WEIGHTS = 1024  # bytes; any real file of weights is larger, and git LF
 
 def components(spec: Spec) -> tuple[str, ...]:
     """The folders of a pipeline that a family is trained with."""
-    low_res = spec.conditioning.scheduler
-    return ("unet", "scheduler", "text_encoder", "tokenizer", *([low_res] if low_res else []))
+    of_axes = (spec.space.component, spec.conditioning.scheduler)
+    return ("unet", "scheduler", "text_encoder", "tokenizer", *(name for name in of_axes if name))
+
+
+def _with_weights(spec: Spec) -> dict[str, str]:
+    """Of these the ones that have weights, with the stem of their files."""
+    stems = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
+    return stems | ({spec.space.component: "diffusion_pytorch_model"} if spec.space.component else {})
 
 
 def fetch_configs(name: str, revision: str | None, spec: Spec) -> Path:
@@ -70,8 +76,8 @@ def at_hand(name: str, revision: str | None, file: str) -> Path | None:
 def file_patterns(variant: str | None, spec: Spec) -> tuple[list[str], list[str]]:
     """Which files of a hub repository to take and which not: its components, as safetensors, in one variant."""
     suffixes = [f".{variant}.safetensors", f".{variant}-*.safetensors"] if variant else [".safetensors"]
-    weights = [f"{component}/*{suffix}" for component in ("unet", "text_encoder") for suffix in suffixes]
-    return [*_config_patterns(spec), *weights], [] if variant else ["*.fp16*"]
+    weights = [f"{component}/*{suffix}" for component in _with_weights(spec) for suffix in suffixes]
+    return [*_config_patterns(spec), *weights], [] if variant else ["*.fp16*", "*.non_ema*"]
 
 
 def _config_patterns(spec: Spec) -> list[str]:
@@ -110,8 +116,8 @@ def unreachable(name: str, error: Exception) -> str:
     )
 
 
-def check(family: Family, spec: Spec, folder: Path) -> None:
-    """Compare the weights' configuration with the family that MODEL_TYPE names.
+def check(family: Family, spec: Spec, folder: Path, loss: LossOptions = LossOptions()) -> None:
+    """Compare the weights' configuration with the family that MODEL_TYPE names, and with what the options say of it.
 
     Raises:
         WeightsError: something is missing, or these are another family's or stage's weights.
@@ -131,17 +137,48 @@ def check(family: Family, spec: Spec, folder: Path) -> None:
     _require_readable(folder, spec)
     if not isinstance(unet.get("out_channels"), int):
         raise WeightsError(f"{OPTION}: {folder / 'unet' / 'config.json'} says no out_channels: it is damaged.")
-    width = _json(folder / "text_encoder" / "config.json").get("d_model")
-    if width != unet.get("encoder_hid_dim"):
+    width, read = _json(folder / "text_encoder" / "config.json").get(spec.text.width_key), unet.get(spec.text.reader_key)
+    if width != read:
         raise WeightsError(
-            f"{OPTION}: in {folder} the text encoder gives {width} values a token, the UNet takes"
-            f" {unet.get('encoder_hid_dim')}. They are not of one model."
+            f"{OPTION}: in {folder} the text encoder gives {width} values a token, the UNet takes {read}. They are not of"
+            " one model."
         )
+    if spec.space.component:
+        _check_vae(spec, folder)
     schedulers = [name for name in components(spec) if name.endswith("scheduler")]
     configs = {name: _json(folder / name / "scheduler_config.json") for name in schedulers}
-    prediction = configs["scheduler"].get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise WeightsError(f"{OPTION}: {folder} predicts {prediction!r}; {family.name} is trained on epsilon.")
+    _check_prediction(family, spec, folder, configs["scheduler"].get("prediction_type", "epsilon"), loss)
+
+
+def _check_vae(spec: Spec, folder: Path) -> None:
+    """See that the VAE leads into the UNet's space, and says by how much latents are scaled."""
+    vae = _json(folder / "vae" / "config.json")
+    levels, scale = vae.get("block_out_channels"), vae.get("scaling_factor", 0.18215)
+    factor = 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None
+    found_factor, wanted = (vae.get("latent_channels"), factor), (spec.space.channels, spec.space.factor)
+    if found_factor != wanted or not isinstance(scale, (int, float)) or not scale > 0:
+        raise WeightsError(
+            f"{OPTION}: the VAE in {folder} makes {found_factor[0]} channels, {found_factor[1]} times smaller than the image,"
+            f" scaled by {scale}; the UNet takes {wanted[0]}, {wanted[1]} times smaller. They are not of one model."
+        )
+
+
+def _check_prediction(family: Family, spec: Spec, folder: Path, predicted: str, loss: LossOptions) -> None:
+    """See that what the weights predict can be trained, and is what the options say."""
+    if predicted not in spec.predictions:
+        offered = " or ".join(spec.predictions)
+        raise WeightsError(f"{OPTION}: {folder} predicts {predicted!r}; {family.name} is trained on {offered}.")
+    if loss.prediction_type not in (None, predicted):
+        raise WeightsError(
+            f"{ROWS['prediction_type'].label}: found {loss.prediction_type!r}, but the weights in {folder} predict"
+            f" {predicted!r}, as their scheduler says: remove it, or name other weights."
+        )
+    if loss.rescale_betas_zero_snr and predicted != "v_prediction":
+        raise WeightsError(
+            f"{ROWS['rescale_betas_zero_snr'].label}: found true, but the weights in {folder} predict {predicted!r}: where"
+            " the last timestep is noise alone, the noise tells nothing of the image. Set it to false, or name weights"
+            " that predict v, such as Stable Diffusion 2.1's."
+        )
 
 
 def _require_readable(folder: Path, spec: Spec) -> None:
@@ -165,14 +202,14 @@ def _require_readable(folder: Path, spec: Spec) -> None:
         raise WeightsError(f"{OPTION}: {adapter} makes the text encoder an adapter of another one: merge it first.")
 
 
-def check_weight_files(folder: Path, variant: str | None) -> None:
+def check_weight_files(folder: Path, variant: str | None, spec: Spec) -> None:
     """See that the weights themselves are there, in the variant that is asked for, and as safetensors.
 
     Raises:
         WeightsError: a file is missing, or is the placeholder that git leaves where its large files were not fetched.
     """
     infix = f".{variant}" if variant else ""
-    for stem in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+    for stem in (f"{component}/{stem}" for component, stem in _with_weights(spec).items()):
         files = sorted(folder.glob(f"{stem}{infix}.safetensors")) + sorted(folder.glob(f"{stem}{infix}-*.safetensors"))
         if not files:
             other = ", ".join(sorted(path.name for path in (folder / stem).parent.iterdir() if path.suffix != ".json"))
@@ -223,15 +260,11 @@ def _other_family(unet: dict) -> str | None:
 def _wrong_unet(spec: Spec, unet: dict) -> str | None:
     """Why a UNet is not of a family; None if it is."""
     channels, labels = unet.get("in_channels"), unet.get("class_embed_type")
-    if channels == 4:
-        return "their UNet takes 4 channels, as Stable Diffusion's latents have"
     if channels != spec.in_channels:
         return f"their UNet takes {channels} channels instead of {spec.in_channels}"
     if labels != (needed := spec.conditioning.class_embed_type):
         return f"their UNet has class_embed_type {labels!r} instead of {needed!r}, by which a noise level is told"
-    if unet.get("encoder_hid_dim_type") != "text_proj" or unet.get("addition_embed_type") != "text":
-        return "their UNet has no projection of T5 embeddings"
-    return None
+    return spec.text.mismatch(unet)
 
 
 def _json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
@@ -252,13 +285,11 @@ def load(
         # Never a pickled file, which diffusers would fall back to.
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant, use_safetensors=True)
         low_res = spec.conditioning.scheduler
-        schedules = _schedule(folder, "scheduler"), low_res and _schedule(folder, low_res)
+        rescaled = ZERO_TERMINAL_SNR if loss.zero_terminal_snr else {}
+        schedules = schedule_of(folder, "scheduler", rescaled), low_res and schedule_of(folder, low_res)
+        predicted = prediction_type_of(folder)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a config of any content makes diffusers raise
         raise unfit("the UNet or a scheduler", folder, error) from error
-    return put_together(spec, unet, *schedules, loss)
-
-
-def _schedule(folder: Path, component: str) -> Schedule:
-    return schedule_from_betas(DDPMScheduler.from_pretrained(folder / component).betas)
+    return put_together(spec, unet, *schedules, loss, predicted)

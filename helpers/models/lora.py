@@ -9,7 +9,6 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.config.families import LORA_TARGETS
 from helpers.models.adapters import trainable_parameters
+from helpers.models.denoiser import Denoiser
 from helpers.models.facts import Origin, metadata
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -45,9 +45,9 @@ class LoRA:
     ranks: Mapping[str, int] = field(default_factory=dict)
     origin: Origin | None = None
 
-    def attach(self, unet: UNet2DConditionModel, weights_dtype: torch.dtype) -> None:
-        unet.requires_grad_(False)
-        unet.add_adapter(
+    def attach(self, denoiser: Denoiser, weights_dtype: torch.dtype) -> None:
+        denoiser.requires_grad_(False)
+        denoiser.unet.add_adapter(
             LoraConfig(
                 r=self.rank,
                 lora_alpha=self.alpha,
@@ -60,10 +60,10 @@ class LoRA:
                 alpha_pattern=self._alphas(),
             )
         )
-        for parameter in trainable_parameters(unet):
+        for parameter in trainable_parameters(denoiser):
             parameter.data = parameter.data.to(weights_dtype)
         if self.dora:
-            _measure_magnitudes(unet)
+            _measure_magnitudes(denoiser)
 
     def _alphas(self) -> dict[str, float]:
         """The alpha of each layer with a rank of its own, where it is not the others'."""
@@ -71,10 +71,10 @@ class LoRA:
             return {}
         return {layer: self.alpha * rank / self.rank for layer, rank in self.ranks.items()}
 
-    def save_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
+    def save_weights(self, denoiser: Denoiser, folder: Path) -> None:
         def write(weights: dict[str, torch.Tensor], path: str) -> None:
             # diffusers' own metadata comes first: without it alpha is lost, and the adapter would be scaled wrongly.
-            config = {f"unet.{key}": value for key, value in unet.peft_config["default"].to_dict().items()}
+            config = {f"unet.{key}": value for key, value in denoiser.unet.peft_config["default"].to_dict().items()}
             save_file(weights, path, {LORA_ADAPTER_METADATA_KEY: json.dumps(config, default=sorted)} | facts)
 
         facts = metadata(
@@ -87,28 +87,28 @@ class LoRA:
             ranks=",".join(f"{layer}={rank}" for layer, rank in self.ranks.items()) or None,
         )
         getattr(diffusers, self.origin.pipeline).save_lora_weights(
-            folder, unet_lora_layers=get_peft_model_state_dict(unet), save_function=write
+            folder, unet_lora_layers=get_peft_model_state_dict(denoiser.unet), save_function=write
         )
 
-    def load_weights(self, unet: UNet2DConditionModel, folder: Path) -> None:
+    def load_weights(self, denoiser: Denoiser, folder: Path) -> None:
         state = {name.removeprefix("unet."): tensor for name, tensor in load_file(folder / LORA_FILE).items()}
-        result = set_peft_model_state_dict(unet, state)
+        result = set_peft_model_state_dict(denoiser.unet, state)
         missing = [name for name in result.missing_keys if "lora_" in name]
         if missing or result.unexpected_keys:
             raise ValueError(f"{folder / LORA_FILE} does not fit: {missing + result.unexpected_keys}")
 
-    def export(self, unet: UNet2DConditionModel, base: Path, output: Path) -> Path:
-        self.save_weights(unet, output)
+    def export(self, denoiser: Denoiser, base: Path, output: Path) -> Path:
+        self.save_weights(denoiser, output)
         return output / LORA_FILE
 
 
-def _measure_magnitudes(unet: UNet2DConditionModel) -> None:
+def _measure_magnitudes(denoiser: Denoiser) -> None:
     """Set DoRA's magnitudes to the norms of the weights, in the adapter's own dtype.
 
     peft measures in the frozen weights' dtype. Norms rounded to bfloat16 beside a float32 adapter would scale each
     channel by up to 2^-8 before the first step.
     """
-    for layer in unet.modules():
+    for layer in denoiser.modules():
         if isinstance(layer, LoraLayer):
             for name, dora in layer.lora_magnitude_vector.items():
                 dora.update_layer(

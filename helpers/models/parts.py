@@ -9,9 +9,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from helpers.diffusion.noising import Schedule
-from helpers.diffusion.objective import EpsilonObjective
+from helpers.diffusion.objective import EpsilonObjective, VelocityObjective
 from helpers.diffusion.timesteps import TimestepBias
 from helpers.diffusion.weighting import min_snr
+from helpers.models.denoiser import Denoiser
 from helpers.models.spec import Spec
 
 
@@ -23,12 +24,14 @@ class LossSettings:
         trains_variance: train the variance too, where the UNet predicts one.
         snr_gamma, soft_min_snr: see `weighting.min_snr`.
         noise_offset: see `noising.gaussian`.
+        zero_terminal_snr: see `schedulers.ZERO_TERMINAL_SNR`.
     """
 
     trains_variance: bool = True
     snr_gamma: float = 0.0
     soft_min_snr: bool = False
     noise_offset: float = 0.0
+    zero_terminal_snr: bool = False
     timestep_bias: TimestepBias = TimestepBias()
 
 
@@ -42,17 +45,21 @@ class Parts:
     """
 
     spec: Spec
-    unet: UNet2DConditionModel
+    denoiser: Denoiser
     schedule: Schedule
     low_res_schedule: Schedule | None
-    objective: EpsilonObjective
+    objective: EpsilonObjective | VelocityObjective
     timestep_weights: Tensor
     noise_offset: float
+
+    @property
+    def unet(self) -> UNet2DConditionModel:
+        return self.denoiser.unet
 
     def to(self, device: torch.device) -> Parts:
         return replace(
             self,
-            unet=self.unet.to(device),
+            denoiser=self.denoiser.to(device),
             schedule=self.schedule.to(device),
             low_res_schedule=self.low_res_schedule and self.low_res_schedule.to(device),
             objective=self.objective.to(device),
@@ -66,16 +73,26 @@ def put_together(
     schedule: Schedule,
     low_res_schedule: Schedule | None = None,
     loss: LossSettings = LossSettings(),
+    prediction_type: str = "epsilon",
 ) -> Parts:
-    """The parts of a model; whether it predicts a variance is seen from its UNet."""
+    """The parts of a model; whether it predicts a variance is seen from its UNet.
+
+    Args:
+        prediction_type: "epsilon" or "v_prediction".
+    """
     predicts_variance = unet.config.out_channels == 2 * spec.space.channels
-    weights = min_snr(schedule, loss.snr_gamma, loss.soft_min_snr)
+    of_velocity = prediction_type == "v_prediction"
+    weights = min_snr(schedule, loss.snr_gamma, loss.soft_min_snr, of_velocity)
+    if of_velocity:
+        objective = VelocityObjective(schedule, weights)
+    else:
+        objective = EpsilonObjective(schedule, predicts_variance and loss.trains_variance, weights)
     return Parts(
         spec=spec,
-        unet=unet,
+        denoiser=Denoiser(unet),
         schedule=schedule,
         low_res_schedule=low_res_schedule,
-        objective=EpsilonObjective(schedule, predicts_variance and loss.trains_variance, weights),
+        objective=objective,
         timestep_weights=loss.timestep_bias.weights(schedule.timesteps),
         noise_offset=loss.noise_offset,
     )

@@ -41,10 +41,16 @@ def write_pipeline(unet: UNet2DConditionModel, base: Path, output: Path, variant
             del index[name]
         elif name in optional and not _is_usable(base / name):  # such as IF's safety checker, which is never fetched
             index[name] = [None, None]
+            if name == "safety_checker":
+                index["requires_safety_checker"] = False
         elif component != [None, None]:
             _copy_component(base / name, partial / name, variant)
+    changes = origin.scheduler_changes
+    if origin.zero_terminal_snr:  # of which SD's usual scheduler, PNDM, knows nothing
+        index["scheduler"] = ["diffusers", "DDIMScheduler"]
+        changes["_class_name"] = "DDIMScheduler"
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    _change_json(partial / "scheduler" / "scheduler_config.json", variance_type=origin.variance_type)
+    _change_json(partial / "scheduler" / "scheduler_config.json", **changes)
     save_unet(unet, partial / "unet")
     shutil.rmtree(pipeline, ignore_errors=True)
     return partial.rename(pipeline)

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+
+from helpers.config.families import STABLE_DIFFUSION
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
+
+_LIKE = {
+    "1.4": "stable-diffusion-v1", "1.5": "stable-diffusion-v1",
+    "2.0-base": "stable-diffusion-2-base", "2.1-base": "stable-diffusion-2-base",
+    "2.0": "stable-diffusion-2", "2.1": "stable-diffusion-2",
+}  # fmt: skip
+LIKE: Mapping[str, str] = MappingProxyType({
+    STABLE_DIFFUSION.flavours[flavour]: name for flavour, name in _LIKE.items()
+})
+"""Models of several names and one architecture."""
 
 
 def architecture(hub_id: str) -> Path | None:
     """The `config.json` of a published model's UNet; None for other models."""
     owner, _, name = hub_id.partition("/")
-    path = ARCHITECTURES / f"{name}_unet.json"
-    return path if owner == "DeepFloyd" and path.exists() else None
+    if hub_id not in LIKE and owner != "DeepFloyd":
+        return None
+    path = ARCHITECTURES / f"{LIKE.get(hub_id, name)}_unet.json"
+    return path if path.exists() else None

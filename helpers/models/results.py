@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from safetensors.torch import load_file
 
 from helpers.models.bitfit import BIASES_FILE
@@ -36,7 +36,8 @@ def load_adapter(pipeline: DiffusionPipeline, path: Path | str, name: str | None
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
     if facts:
         scheduler = pipeline.scheduler
-        pipeline.scheduler = type(scheduler).from_config(scheduler.config, variance_type=facts.variance_type)
+        kind = DDIMScheduler if facts.zero_terminal_snr else type(scheduler)  # SD's usual one, PNDM, has no such thing
+        pipeline.scheduler = kind.from_config(scheduler.config, **facts.scheduler_changes)
     return facts
 
 

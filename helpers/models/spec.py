@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from helpers.models.conditioning import NoisedLowRes, TextOnly
-from helpers.models.spaces import Pixels
-from helpers.models.text import T5
+from helpers.models.spaces import Latents, Pixels
+from helpers.models.text import CLIP, T5
 
 
 @dataclass(frozen=True)
 class Spec:
     """One family. What the weights decide (widths, betas, variance) is not here: it is read from the weights."""
 
-    space: Pixels
-    text: T5
+    space: Pixels | Latents
+    text: T5 | CLIP
     conditioning: TextOnly | NoisedLowRes
     pipeline: str  # the class of diffusers that samples it
+    predictions: tuple[str, ...] = ("epsilon",)  # what its UNets may predict
 
     @property
     def in_channels(self) -> int:

@@ -2,67 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
 
 from helpers.captions.cleaning import clean
 from helpers.models.errors import unfit
 from helpers.models.fingerprints import fingerprint_files
 
 DTYPE = torch.bfloat16
-"""What an encoder computes in and embeds are kept in: T5 overflows in float16."""
+"""What embeds are kept in, and what T5 computes in: it overflows in float16."""
 
 
 @dataclass(frozen=True)
 class T5:
-    """DeepFloyd IF's text side: cleaned captions, always `length` positions, the attention mask given to T5 alone."""
+    """DeepFloyd IF's text side: cleaned captions, always `length` positions, the attention mask given to T5 alone.
+
+    Attributes:
+        width_key: where the encoder's configuration tells the width of an embedding, D.
+        reader_key: where the UNet's configuration tells the width that it reads.
+    """
 
     length: int = 77
     cleaning: str = "deepfloyd-if, twice"  # what `prepare` does, by a name that never changes its meaning
+    width_key: str = "d_model"
+    reader_key: str = "encoder_hid_dim"
 
     def prepare(self, caption: str) -> str:
         """The caption as IF was trained to read it: lower-cased and cleaned."""
         return clean(caption)
+
+    def mismatch(self, unet: Mapping[str, Any]) -> str | None:
+        """Why a UNet of this configuration does not read such text; None if it does."""
+        if unet.get("encoder_hid_dim_type") != "text_proj" or unet.get("addition_embed_type") != "text":
+            return "their UNet has no projection of T5 embeddings"
+        return None
 
     def fingerprint(self, folder: Path, variant: str | None = None) -> dict[str, str]:
         """What determines an embedding besides its text: cached ones are used again only where all of it is equal.
 
         Of the encoder only the files that `load` reads with this variant count: the folder may hold several.
         """
-        return {
-            "text_encoder": fingerprint_files(folder / "text_encoder", _encoder_files(variant)),
-            "tokenizer": fingerprint_files(folder / "tokenizer"),
-            "length": str(self.length),
-            "cleaning": self.cleaning,
-            "dtype": str(DTYPE).removeprefix("torch."),
-        }
+        return _fingerprint(self, folder, variant)
 
-    def length_counter(self, tokenizer: Path) -> Callable[[str], int]:
-        """From a prepared text to its tokens, before any are cut off, by the tokenizer in a folder."""
-        return partial(_length, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
-
-    def load(self, folder: Path, device: torch.device, variant: str | None = None) -> T5Encoder:
-        return T5Encoder(folder, self.length, device, variant)
+    def load(self, folder: Path, device: torch.device, variant: str | None = None) -> TextEncoder:
+        # dtype at load, not a cast after it: T5 keeps some of its weights in float32 on purpose.
+        return TextEncoder(T5EncoderModel, self.length, folder, device, variant, DTYPE, masks_padding=True)
 
 
-class T5Encoder:
-    """A loaded T5 and its tokenizer. Drop the last reference to it to free the memory."""
+@dataclass(frozen=True)
+class CLIP:
+    """Stable Diffusion's text side: captions as they are, of which CLIP reads 77 tokens with their begin and end.
 
-    def __init__(self, folder: Path, length: int, device: torch.device, variant: str | None) -> None:
+    Attributes: as those of `T5`.
+    """
+
+    length: int = 77
+    cleaning: str = "none"
+    width_key: str = "hidden_size"
+    reader_key: str = "cross_attention_dim"
+
+    def prepare(self, caption: str) -> str:
+        """The caption itself: CLIP's tokenizer makes it lower-case."""
+        return caption
+
+    def mismatch(self, unet: Mapping[str, Any]) -> str | None:
+        """Why a UNet of this configuration does not read such text; None if it does."""
+        if unet.get("encoder_hid_dim") is not None:
+            return "their UNet reads another text encoder's embeddings"
+        if unet.get("addition_embed_type") is not None:
+            return "their UNet is told sizes or pooled text besides, as Stable Diffusion XL's is"
+        return None
+
+    def fingerprint(self, folder: Path, variant: str | None = None) -> dict[str, str]:
+        """As `T5.fingerprint`."""
+        return _fingerprint(self, folder, variant)
+
+    def load(self, folder: Path, device: torch.device, variant: str | None = None) -> TextEncoder:
+        # CLIP is small: in float32 its embeddings lose no more than bfloat16 rounds of them.
+        return TextEncoder(CLIPTextModel, self.length, folder, device, variant, torch.float32)
+
+
+class TextEncoder:
+    """A loaded text encoder and its tokenizer. Drop the last reference to it to free the memory."""
+
+    def __init__(
+        self,
+        kind: type[PreTrainedModel],
+        length: int,
+        folder: Path,
+        device: torch.device,
+        variant: str | None,
+        dtype: torch.dtype,
+        masks_padding: bool = False,
+    ) -> None:
         self.length = length
+        self.masks_padding = masks_padding
         # Said outright, since left open it asks at the console whether to run the code that a tokenizer brings along.
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
-            # dtype at load, not a cast after it: T5 keeps some of its weights in float32 on purpose.
-            model = T5EncoderModel.from_pretrained(
-                folder / "text_encoder", dtype=DTYPE, variant=variant, use_safetensors=True
-            )
+            model = kind.from_pretrained(folder / "text_encoder", dtype=dtype, variant=variant, use_safetensors=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # tokenizers raises a bare one
@@ -77,17 +122,33 @@ class T5Encoder:
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Encode prepared texts to bfloat16 `[B, length, D]` on the CPU.
 
-        All positions count, the padded ones too: what T5 puts there depends on the text, and IF's UNet attends to them.
+        All positions count, the padded ones too: what the encoder puts there depends on the text, and the UNet attends
+        to them.
         """
         tokens = self.tokenizer(
             list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).to(self.model.device)
-        hidden = self.model(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return hidden.to("cpu", DTYPE)
+        mask = tokens.attention_mask if self.masks_padding else None
+        return self.model(tokens.input_ids, attention_mask=mask).last_hidden_state.to("cpu", DTYPE)
+
+
+def length_counter(tokenizer: Path) -> Callable[[str], int]:
+    """From a prepared text to its tokens, before any are cut off, by the tokenizer in a folder."""
+    return partial(_length, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
 
 
 def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text).input_ids)
+
+
+def _fingerprint(text: T5 | CLIP, folder: Path, variant: str | None) -> dict[str, str]:
+    return {
+        "text_encoder": fingerprint_files(folder / "text_encoder", _encoder_files(variant)),
+        "tokenizer": fingerprint_files(folder / "tokenizer"),
+        "length": str(text.length),
+        "cleaning": text.cleaning,
+        "dtype": str(DTYPE).removeprefix("torch."),
+    }
 
 
 def _encoder_files(variant: str | None) -> tuple[str, ...]:

@@ -53,6 +53,7 @@ IDENTITY: Mapping[str, str] = MappingProxyType({
     "mixed_precision": _DTYPES,
     "pure_bf16": _DTYPES,
     "train_variance": "the model would have to be sampled otherwise from there on",
+    "rescale_betas_zero_snr": "the model would have to be sampled otherwise from there on",
     "seed": "the order of each epoch hangs on it, so that images would come twice, and others never",
 })
 """Options that a run cannot change when it goes on from a checkpoint, each with the reason."""
@@ -223,7 +224,7 @@ def loss_settings(loss: LossOptions) -> LossSettings:
         loss.timestep_bias_begin,
         loss.timestep_bias_end,
     )
-    return LossSettings(loss.train_variance, loss.snr_gamma, loss.soft_min_snr, loss.noise_offset, bias)
+    return LossSettings(loss.train_variance, loss.snr_gamma, loss.soft_min_snr, loss.noise_offset, loss.rescale_betas_zero_snr, bias)
 
 
 def learning_rate_of(optimizer: OptimizerOptions, steps: int) -> LearningRate:
@@ -257,7 +258,7 @@ def create_run(
     torch.manual_seed(training.seed)  # the adapter's first values
     dtype = loaded_dtype(adapter, precision)
     parts = loading.load(spec, folder, dtype, config.model.variant, loss_settings(config.loss))
-    adapter.attach(parts.unet, precision.trained)
+    adapter.attach(parts.denoiser, precision.trained)
     if training.gradient_checkpointing:
         checkpoint_everything(parts.unet)
     if training.attention_mechanism == "xformers":
@@ -265,19 +266,19 @@ def create_run(
     parts = parts.to(accelerator.device)
     options = config.optimizer
     adam = AdamSettings(options.adam_beta1, options.adam_beta2, options.adam_epsilon, options.adam_weight_decay)
-    optimizer = OPTIMIZERS[options.optimizer](trainable_parameters(parts.unet), options.learning_rate, adam)
-    unet, optimizer = accelerator.prepare(parts.unet, optimizer)
+    optimizer = OPTIMIZERS[options.optimizer](trainable_parameters(parts.denoiser), options.learning_rate, adam)
+    denoiser, optimizer = accelerator.prepare(parts.denoiser, optimizer)
     if processes.rank:
         torch.manual_seed(training.seed + processes.rank)  # dropout of its own; all else that is drawn is the same
     return Run(
         accelerator=accelerator,
         parts=parts,
-        unet=unet,
+        denoiser=denoiser,
         optimizer=optimizer,
         learning_rate=learning_rate_of(options, steps),
         max_grad_norm=training.max_grad_norm,
         max_nonfinite_steps=training.max_nonfinite_steps,
         generator=torch.Generator(accelerator.device).manual_seed(training.seed),
         processes=processes,
-        ema=EMA(trainable_parameters(parts.unet), options.ema_decay) if options.use_ema else None,
+        ema=EMA(trainable_parameters(parts.denoiser), options.ema_decay) if options.use_ema else None,
     )

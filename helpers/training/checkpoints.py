@@ -21,6 +21,7 @@ from tqdm import tqdm
 from helpers.config.options import ROWS
 from helpers.files import DiskFull, content_hash, flush, is_full, printable
 from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.denoiser import Denoiser
 
 TENSORS = "state.safetensors"
 STATE = "state.json"
@@ -65,7 +66,7 @@ def only_run_in(output: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def save(output: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state: Mapping[str, Any], keep: int) -> Path:
+def save(output: Path, step: int, adapter: Adapter, denoiser: Denoiser, state: Mapping[str, Any], keep: int) -> Path:
     """Write `checkpoint-<step>`; only when it is safe on the disk, delete the oldest ones beyond `keep` (0 keeps all).
 
     It is written under another name, flushed, and renamed, with a manifest of its files' sizes and hashes. One that is
@@ -82,18 +83,18 @@ def save(output: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state
     if folder.exists() and damage(folder):
         _set_aside(folder, DAMAGED)
     if not folder.exists():
-        _write(folder, step, adapter, unet, state)
+        _write(folder, step, adapter, denoiser, state)
     _prune(output, step, keep)
     return folder
 
 
-def _write(folder: Path, step: int, adapter: Adapter, unet: torch.nn.Module, state: Mapping[str, Any]) -> None:
+def _write(folder: Path, step: int, adapter: Adapter, denoiser: Denoiser, state: Mapping[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     packed = json.dumps(_pack(state, tensors), indent=1) + "\n"
     partial = _partial(folder)
     try:
         partial.mkdir(parents=True)
-        adapter.save_weights(unet, partial)
+        adapter.save_weights(denoiser, partial)
         (partial / STATE).write_text(packed, "utf-8")
         save_file(tensors, partial / TENSORS)
         _write_manifest(partial, step)
@@ -104,7 +105,7 @@ def _write(folder: Path, step: int, adapter: Adapter, unet: torch.nn.Module, sta
         shutil.rmtree(partial, ignore_errors=True)
         if not is_full(error):
             raise
-        saved = [*trainable_parameters(unet), *tensors.values()]
+        saved = [*trainable_parameters(denoiser), *tensors.values()]
         raise DiskFull(folder.name, folder.parent, len(packed) + sum(tensor.nbytes for tensor in saved)) from error
     flush(folder.parent)
 

@@ -40,7 +40,7 @@ class Run:
 
     accelerator: Accelerator
     parts: Parts
-    unet: torch.nn.Module  # the UNet of `parts`, as accelerate prepared it
+    denoiser: torch.nn.Module  # that of `parts`, as accelerate prepared it
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     max_grad_norm: float
@@ -144,8 +144,8 @@ def train(
     Raises:
         NonFiniteLoss: after more than `max_nonfinite_steps` such steps in a row.
     """
-    parameters = trainable_parameters(run.unet)
-    run.unet.train()  # diffusers loads in eval mode, in which neither dropout nor gradient checkpointing acts
+    parameters = trainable_parameters(run.denoiser)
+    run.denoiser.train()  # diffusers loads in eval mode, in which neither dropout nor gradient checkpointing acts
     with Progress(run) as progress:
         while not run.finished and not run.asked_to_stop():
             rate = run.learning_rate.at(run.step)
@@ -173,9 +173,9 @@ def train(
 
 def _passed(run: Run, batch: Batch) -> Passed:
     """Add the gradient of a batch, which is on the device."""
-    with run.accelerator.accumulate(run.unet):
+    with run.accelerator.accumulate(run.denoiser):
         with run.accelerator.autocast():
-            loss, timesteps = training_loss(run.parts, run.unet, batch, run.generator)
+            loss, timesteps = training_loss(run.parts, run.denoiser, batch, run.generator)
         if batch.share:
             loss = loss * batch.share.weight
         run.accelerator.backward(loss)
@@ -203,7 +203,7 @@ def _skip(
     """Tell of a step that cannot be made, and end the run where there were too many in a row."""
     require_finite(run)  # else it is no image's fault
     run.skipped_in_a_row += 1
-    computed = torch.bfloat16 if run.accelerator.mixed_precision == "bf16" else run.parts.unet.dtype
+    computed = torch.bfloat16 if run.accelerator.mixed_precision == "bf16" else run.parts.denoiser.dtype
     told = [one for process in run.processes.gather(reports(passes)) for one in process]
     what, step = describe(losses, norm, told, computed, trained), run.step + 1
     if run.skipped_in_a_row > run.max_nonfinite_steps:
@@ -215,7 +215,7 @@ def _skip(
 
 def require_finite(run: Run) -> None:
     """Raise NonFiniteLoss if a trained weight is NaN or infinite, so that such weights are never saved."""
-    if not all(torch.isfinite(parameter).all() for parameter in trainable_parameters(run.unet)):
+    if not all(torch.isfinite(parameter).all() for parameter in trainable_parameters(run.denoiser)):
         raise NonFiniteLoss(_broken(f"Weights are NaN or infinite at step {run.step}"))
 
 

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from helpers.diffusion.noising import schedule_from_betas
 from helpers.diffusion.objective import EpsilonObjective
 from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.denoiser import Denoiser
 from helpers.models.errors import unfit
 from helpers.models.gradient_checkpointing import checkpoint_everything
 from helpers.sizes import Size
@@ -46,7 +47,7 @@ class Setup:
         weights, trained: the dtypes that the UNet is loaded in, and that what is trained is kept in.
         autocast: whether the computation is autocast to bfloat16.
         optimizer: a key of `STATE_BYTES`.
-        size: of the largest x.
+        size: of the largest x, in its own pixels.
         tokens: positions of the text.
         accumulates: whether gradients wait while further batches are computed.
         trains_variance: whether that is in the loss, where the UNet predicts one.
@@ -103,13 +104,13 @@ class Memory:
 
 def estimate(setup: Setup) -> Memory:
     """The memory of a step of a run that is under way."""
-    unet = _unet_without_data(setup)
-    trained = trainable_parameters(unet)
-    weights = sum(tensor.nbytes for tensor in (*unet.parameters(), *unet.buffers()))
+    denoiser = _without_data(setup)
+    trained = trainable_parameters(denoiser)
+    weights = sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers()))
     gradients = sum(parameter.nbytes for parameter in trained)
     optimizer = STATE_BYTES[setup.optimizer](trained)
     ema = sum(4 * parameter.numel() for parameter in trained) if setup.ema else 0
-    ledger = _pass(unet, setup)
+    ledger = _pass(denoiser, setup)
     phases = [
         gradients + ledger.most_activations if setup.accumulates else ledger.most,
         gradients + UPDATE_BYTES[setup.optimizer](trained),
@@ -134,17 +135,17 @@ class Saved:
 
 def saved(setup: Setup) -> Saved:
     """What a run of this setup saves, but for the headers of its files."""
-    unet = _unet_without_data(setup)
-    trained = trainable_parameters(unet)
+    denoiser = _without_data(setup)
+    trained = trainable_parameters(denoiser)
     average = sum(4 * parameter.numel() for parameter in trained) if setup.ema else 0
     return Saved(
         trained=sum(parameter.nbytes for parameter in trained),
         state=STATE_BYTES[setup.optimizer](trained) + average,
-        unet=sum(parameter.nbytes for parameter in unet.parameters()),
+        unet=sum(parameter.nbytes for parameter in denoiser.unet.parameters()),
     )
 
 
-def _unet_without_data(setup: Setup) -> UNet2DConditionModel:
+def _without_data(setup: Setup) -> Denoiser:
     with META:
         try:
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(setup.architecture))
@@ -152,39 +153,40 @@ def _unet_without_data(setup: Setup) -> UNet2DConditionModel:
             raise unfit("the UNet", setup.architecture.parent, error) from error
         for parameter in unet.parameters():
             parameter.data = parameter.data.to(setup.weights)
-        setup.adapter.attach(unet, setup.trained)
+        denoiser = Denoiser(unet)
+        setup.adapter.attach(denoiser, setup.trained)
     if setup.checkpointing:
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
             return nullcontext(), AsOnCuda(setup.autocast)  # the second pass begins outside of all modes
 
         checkpoint_everything(unet, partial(checkpoint, use_reentrant=False, context_fn=contexts))
-    return unet.train()
+    return denoiser.train()
 
 
-def _pass(unet: UNet2DConditionModel, setup: Setup) -> Ledger:
+def _pass(denoiser: Denoiser, setup: Setup) -> Ledger:
     """A forward and a backward pass on the meta device."""
-    ledger = Ledger(unet.parameters())
-    for parameter in trainable_parameters(unet):
+    ledger = Ledger(denoiser.parameters())
+    for parameter in trainable_parameters(denoiser):
         parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
-    objective = _objective(setup.trains_variance and unet.config.out_channels == 2 * setup.channels)
+    objective = _objective(setup.trains_variance and denoiser.unet.config.out_channels == 2 * setup.channels)
     with ledger, META:
         with AsOnCuda(setup.autocast):
-            loss = _loss(unet, objective, setup)
+            loss = _loss(denoiser, objective, setup)
         loss.backward()
     return ledger
 
 
-def _loss(unet: UNet2DConditionModel, objective: EpsilonObjective, setup: Setup) -> Tensor:
+def _loss(denoiser: Denoiser, objective: EpsilonObjective, setup: Setup) -> Tensor:
     """That of `step.training_loss`, of tensors without data."""
-    config, count = unet.config, setup.batch_size
+    config, count = denoiser.unet.config, setup.batch_size
     width = config.encoder_hid_dim or config.cross_attention_dim
     x, x_t, noise = (torch.empty(count, setup.channels, setup.size.height, setup.size.width) for _ in range(3))
     unet_input = x_t if config.in_channels == setup.channels else torch.cat([x_t, x], 1)
-    text = torch.empty(count, setup.tokens, width, dtype=unet.dtype)
+    text = torch.empty(count, setup.tokens, width, dtype=denoiser.dtype)
     t = torch.empty(count, dtype=torch.int64)
     labels = None if config.class_embed_type is None else torch.empty_like(t)
-    output = unet(unet_input.to(unet.dtype), t, text, class_labels=labels).sample
+    output = denoiser(unet_input, t, text, class_labels=labels)
     return objective(output.float(), x, x_t, noise, t)
 
 

@@ -42,7 +42,7 @@ def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setu
         ema=config.optimizer.use_ema,
         checkpointing=training.gradient_checkpointing,
         batch_size=training.train_batch_size,
-        size=size,
+        size=spec.space.size(size),
         tokens=spec.text.length,
         accumulates=training.gradient_accumulation_steps > 1,
         trains_variance=config.loss.train_variance,

@@ -15,7 +15,7 @@ from helpers.data.dataset import Dataset
 from helpers.files import DiskFull, existing_parent, free_bytes, printable
 from helpers.models.pipelines import copied_bytes
 from helpers.models.spec import Spec
-from helpers.models.text import T5
+from helpers.models.text import CLIP, T5
 from helpers.sizes import Size
 from helpers.training import checkpoints, memory
 from helpers.training.memory import Saved
@@ -30,9 +30,9 @@ class Need(NamedTuple):
     folder: Path
 
 
-def embed_size(text: T5, architecture: Path | None) -> int:
+def embed_size(text: T5 | CLIP, architecture: Path | None) -> int:
     """Bytes of one text's embedding, as bfloat16; 0 where the UNet that reads it is not at hand."""
-    width = json.loads(architecture.read_bytes()).get("encoder_hid_dim") if architecture else None
+    width = json.loads(architecture.read_bytes()).get(text.reader_key) if architecture else None
     return text.length * (width or 0) * 2
 
 

@@ -26,22 +26,20 @@ class StepLoss(NamedTuple):
     timesteps: Tensor
 
 
-def training_loss(parts: Parts, unet: torch.nn.Module, batch: Batch, generator: torch.Generator) -> StepLoss:
-    """Noise the batch at random timesteps and hold the UNet's output against the noise.
+def training_loss(parts: Parts, denoiser: torch.nn.Module, batch: Batch, generator: torch.Generator) -> StepLoss:
+    """Noise the batch at random timesteps and hold the denoiser's output against what it should predict.
 
     Args:
-        unet: the UNet of `parts`, possibly wrapped for several processes.
-        batch: on the UNet's device.
+        denoiser: that of `parts`, possibly wrapped for several processes.
+        batch: on its device.
         generator: gives noise and timesteps; on the same device, and in the same state in all processes.
     """
     draws = Draws(generator, batch.share)
-    x = parts.spec.space.encode(batch.images)
+    x = parts.spec.space.encode(batch.images, draws)
     noise = gaussian(x.shape, parts.noise_offset, draws)
     t = timesteps.draw(parts.timestep_weights, len(x), draws)
-    # Everything around the UNet is float32; only what goes into it takes its dtype.
+    # Everything around the denoiser is float32; it casts what it takes.
     x_t = add_noise(parts.schedule, x, noise, t)
     unet_input, class_labels = parts.spec.conditioning(x_t, batch.images, parts.low_res_schedule, draws)
-    dtype = parts.unet.dtype
-    # No attention mask: IF's pipelines never pass one, and the UNet was trained to see all positions.
-    output = unet(unet_input.to(dtype), t, batch.prompt_embeds.to(dtype), class_labels=class_labels).sample
+    output = denoiser(unet_input, t, batch.prompt_embeds, class_labels=class_labels)
     return StepLoss(parts.objective(output.float(), x, x_t, noise, t), t)

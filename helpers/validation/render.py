@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from typing import Any, Protocol
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from helpers.files import telling_if_full, write_whole
+from helpers.models.schedulers import sampler
 from helpers.sizes import Size
 from helpers.training.loop import Run
 from helpers.validation.sheet import Cell, sheet
@@ -34,10 +36,13 @@ class Sampling:
     """How pictures are made.
 
     Attributes:
-        base: the folder with the model's own schedulers.
+        base: the folder with the model's own components.
+        guidance_rescale: 0..1, of pipelines that have it.
+        noise_scheduler: a key of `schedulers.SAMPLERS`.
         sizes: every picture is made at each of them.
         negative: the negative prompt's embedding `[length, D]`.
         scheduler_changes: keys of the scheduler's configuration to set otherwise.
+        variant: that of the weight files.
     """
 
     base: Path
@@ -46,23 +51,27 @@ class Sampling:
     inference_steps: int
     guidance: float
     seed: int
+    guidance_rescale: float = 0.0
+    noise_scheduler: str = "ddpm"
     scheduler_changes: Mapping[str, object] = field(default_factory=dict)
+    variant: str | None = None
 
     def pipeline(self, run: Run) -> DiffusionPipeline:
         """The family's pipeline around the UNet in training."""
         spec = run.parts.spec
-        low_res = spec.conditioning.scheduler
-        pipeline = getattr(diffusers, spec.pipeline)(
-            tokenizer=None,
-            text_encoder=None,
-            unet=run.parts.unet,
-            scheduler=DDPMScheduler.from_pretrained(self.base / "scheduler", **self.scheduler_changes),
-            **({low_res: DDPMScheduler.from_pretrained(self.base / low_res)} if low_res else {}),
-            safety_checker=None,
-            feature_extractor=None,
-            watermarker=None,
-            requires_safety_checker=False,
-        )
+        kind, low_res = getattr(diffusers, spec.pipeline), spec.conditioning.scheduler
+        components = {
+            "unet": run.parts.unet,
+            "scheduler": sampler(self.noise_scheduler, self.base, self.scheduler_changes),
+            "requires_safety_checker": False,
+        }
+        if low_res:
+            components[low_res] = DDPMScheduler.from_pretrained(self.base / low_res)
+        if spec.space.component:
+            components[spec.space.component] = spec.space.load(self.base, run.accelerator.device, self.variant)
+        # The text is encoded already, and pictures of one's own training are not censored.
+        absent = {name: None for name in inspect.signature(kind).parameters if name not in components}
+        pipeline = kind(**absent | components)
         pipeline.set_progress_bar_config(leave=False, desc="  sampling")
         return pipeline
 
@@ -80,12 +89,12 @@ class Sampling:
             each: arguments of the pipeline of which each picture has its own.
             shared: those that all have in common.
         """
-        count = max(1, BATCH_PIXELS // (size.width * size.height))
+        count, vae = max(1, BATCH_PIXELS // (size.width * size.height)), pipeline.components.get("vae")
         pictures = []
         for start in range(0, len(embeds), count):
             part = slice(start, start + count)
             prompts = torch.stack(list(embeds[part])).to(pipeline.unet.device, pipeline.unet.dtype)
-            pictures += pipeline(
+            made = pipeline(
                 prompt_embeds=prompts,
                 negative_prompt_embeds=self.negative.to(prompts).expand_as(prompts),
                 width=size.width,
@@ -93,10 +102,20 @@ class Sampling:
                 num_inference_steps=self.inference_steps,
                 guidance_scale=self.guidance,
                 generator=[torch.Generator().manual_seed(self.seed) for _ in prompts],
+                **({"guidance_rescale": self.guidance_rescale} if self.guidance_rescale else {}),
                 **{name: list(values[part]) for name, values in each.items()},
+                output_type="latent" if vae else "pil",
                 **shared,
             ).images
+            pictures += self._decoded(pipeline, vae, made) if vae else made
         return pictures
+
+    @staticmethod
+    def _decoded(pipeline: DiffusionPipeline, vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+        """Pictures from latents, in the VAE's own float32 whatever the UNet computes in: bfloat16 leaves bands."""
+        with torch.autocast(latents.device.type, enabled=False), torch.inference_mode():
+            decoded = vae.decode(latents.float() / vae.config.scaling_factor).sample
+        return pipeline.image_processor.postprocess(decoded, output_type="pil")
 
 
 @dataclass(frozen=True)
@@ -132,7 +151,7 @@ class Validation:
         reported and does not end the training, which may have run for days. A run that is asked to stop does not wait
         for the pictures, which are made where it goes on.
         """
-        was_training = run.unet.training
+        was_training = run.denoiser.training
         devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
 
         def heed(*_: object) -> None:
@@ -144,7 +163,7 @@ class Validation:
         failure = None
         try:
             with torch.random.fork_rng(devices), run.accelerator.autocast(), run.averaged_weights():
-                run.unet.eval()
+                run.denoiser.eval()
                 with telling_if_full("validation images", self.output):
                     self._render_and_log(run, self.output / IMAGES / f"step_{run.step}")
         except _LeftOff:
@@ -153,7 +172,7 @@ class Validation:
             failure = f"Validation at step {run.step} failed, training goes on: {type(error).__name__}: {error}"
         finally:
             heeding.remove()
-            run.unet.train(was_training)
+            run.denoiser.train(was_training)
         if failure:  # only here, where nothing holds the error any more, and with it all that was made before it
             _give_back_memory(run.accelerator.device)
             tqdm.write(failure)

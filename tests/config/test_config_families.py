@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II, MODEL_TYPES, Contradiction, resolve
+from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II, MODEL_TYPES, STABLE_DIFFUSION, Contradiction, resolve
 from helpers.config.load import load
+from helpers.sizes import Size
 
 
 @pytest.mark.parametrize("flags", [
@@ -40,6 +43,30 @@ def test_family_kind_and_flavour_join_to_a_model_type(kind, flavour, model_type)
     assert resolve(kind, "deepfloyd", flavour, None).model_type == model_type
 
 
+@pytest.mark.parametrize("said, flavour, edge", [
+    (("lora", None, None, None), "2.1", 768),
+    (("full", None, "1.5", None), "1.5", 512),
+    (("lora", "sd1x", None, None), "1.5", 512),
+    ((None, "sd2x", None, None), "2.1", 768),
+    (("lora", "sd", "2.1-base", None), "2.1-base", 512),
+    (("lora", None, None, "stabilityai/stable-diffusion-2"), "2.0", 768),
+    (("lora", None, None, "someone/their-sd"), None, 512),
+])
+def test_stable_diffusion_is_trained_at_the_size_of_the_flavour(said, flavour, edge):
+    model = resolve(*said)
+    assert (model.family, model.flavour) == (STABLE_DIFFUSION, flavour)
+    assert model.as_trained.resolution == edge
+    assert model.name == STABLE_DIFFUSION.flavours.get(flavour, "someone/their-sd")
+
+
+@pytest.mark.parametrize("sample_size, edge", [(96, 768), (64, 512), (16, 128), ("96", 512), (10**9, 512), (None, 512)])
+def test_a_local_folder_tells_its_own_size(tmp_path, sample_size, edge):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps({"sample_size": sample_size}))
+    config = load(["--model_type=lora", f"--pretrained_model_name_or_path={tmp_path}"]).config
+    assert config.data.resolution == edge and config.validation.validation_resolution == (Size(edge, edge),)
+
+
 def test_a_local_folder_has_no_flavour_and_an_absolute_path(tmp_path):
     model = resolve("deepfloyd-lora", None, None, str(tmp_path))
     assert (model.name, model.flavour) == (str(tmp_path), None)
@@ -51,10 +78,15 @@ def test_another_hub_id_is_left_as_it_is():
 
 @pytest.mark.parametrize("said, option, words", [
     ((None, None, None, None), "model_type", "is not set, needs one of"),
-    (("lora", None, None, None), "model_type", "without a model_family"),
     (("deepfloyd-lra", None, None, None), "model_type", "did you mean 'deepfloyd-lora'?"),
     (("deepfloyd-lora", "sdxl", None, None), "model_family", "remove one of the two"),
-    (("lora", "sdxl", None, None), "model_family", "needs deepfloyd"),
+    (("lora", "sdxl", None, None), "model_family", "did you mean 'sd"),
+    (("lora", "flux", None, None), "model_family", "needs one of deepfloyd, sd, sd1x, sd2x"),
+    (("lora", "sd1x", "2.1", None), "model_flavour", "beside model_family 'sd1x': type one of 1.4, 1.5"),
+    (("lora", None, "i-medium-400m", None), "model_flavour", "set model_type to deepfloyd-lora"),
+    (("lora", None, None, "DeepFloyd/IF-I-M-v1.0"), "pretrained_model_name_or_path", "set model_type to deepfloyd-lora"),
+    (("deepfloyd-full", None, None, "stabilityai/stable-diffusion-2-1"), "pretrained_model_name_or_path",
+     "which is Stable Diffusion 1.x/2.x: set model_type to full"),
     (("lora", "deepfloyd", "i-medium", None), "model_flavour", "did you mean 'i-medium-400m'?"),
     (("deepfloyd-lora", None, "xi-medium", None), "model_flavour", "DeepFloyd IF stage I needs one of"),
     (("deepfloyd-lora", None, "i-large-900m", "DeepFloyd/IF-I-M-v1.0"), "model_flavour", "which is 'i-medium-400m'"),
@@ -76,8 +108,6 @@ def test_contradictions_name_the_option(said, option, words):
 
 @pytest.mark.parametrize("said, model", [
     (("deepfloyd-stage3-lora", "deepfloyd", None, None), "DeepFloyd IF stage III"),
-    (("lora", None, None, None), "Stable Diffusion"),
-    (("full", None, None, None), "Stable Diffusion"),
     (("deepfloyd-full", None, "iii-x4", None), "DeepFloyd IF stage III"),
 ])
 def test_a_model_that_is_not_trained_yet_is_called_so_and_none_is_guessed(said, model):

@@ -14,6 +14,7 @@ from helpers.models import loading
 from helpers.models.adapters import trainable_parameters
 from helpers.models.facts import Origin, origin_of
 from helpers.models.families import SPECS
+from helpers.models.parts import LossSettings
 
 SPEC = SPECS["deepfloyd-i"]
 
@@ -31,7 +32,7 @@ def pipeline(tiny_model) -> IFPipeline:
 
 @pytest.fixture
 def origin(tiny_model) -> Origin:
-    return origin_of(str(tiny_model), "deepfloyd-i", SPEC, tiny_model, trains_variance=True)
+    return origin_of(str(tiny_model), "deepfloyd-i", SPEC, tiny_model, LossSettings())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline, 
 from safetensors.torch import load_file
 
 from helpers.models.bitfit import BIASES_FILE, BitFit
+from helpers.models.denoiser import Denoiser
 from helpers.models.facts import read_adapter_facts
 
 BITFIT = {"model_type": "deepfloyd-full", "use_bitfit": True, "lora_rank": None}
@@ -15,7 +16,7 @@ BITFIT = {"model_type": "deepfloyd-full", "use_bitfit": True, "lora_rank": None}
 
 def test_exactly_the_biases_are_trained(unet_in, origin):
     unet = unet_in()
-    BitFit(origin=origin).attach(unet, torch.float32)
+    BitFit(origin=origin).attach(Denoiser(unet), torch.float32)
     for name, parameter in unet.named_parameters():
         assert parameter.requires_grad == name.endswith(".bias"), name
 
@@ -26,7 +27,7 @@ def test_beside_frozen_bf16_weights_it_starts_at_the_model_itself_but_for_roundi
 ):
     unet = unet_in(torch.bfloat16)
     plain = output_of(unet, autocast)
-    BitFit().attach(unet, trained)
+    BitFit().attach(Denoiser(unet), trained)
     torch.testing.assert_close(output_of(unet, autocast), plain, atol=0.05, rtol=0)
     large = [name for name, p in unet.named_parameters() if p.ndim > 1 and p.dtype != torch.bfloat16]
     assert not large, "what is frozen stays small"
@@ -64,8 +65,8 @@ def test_an_exported_pipeline_is_the_base_but_for_its_biases(tiny_model, origin,
     own.save_pretrained(base / "unet", variant=variant, max_shard_size="1MB")
     unet = UNet2DConditionModel.from_pretrained(base / "unet", dtype=torch.bfloat16, variant=variant)
     adapter = BitFit(variant, origin)
-    adapter.attach(unet, torch.float32)
-    pipeline = adapter.export(moved(unet), base, tmp_path / "output")
+    adapter.attach(Denoiser(unet), torch.float32)
+    pipeline = adapter.export(Denoiser(moved(unet)), base, tmp_path / "output")
     trained = dict(unet.named_parameters())
     written = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
     for name, tensor in own.state_dict().items():
@@ -89,7 +90,7 @@ def test_bitfit_trains_the_second_stage(trainer, tmp_path, tiny_stage2, dataload
 
 def test_the_small_file_tells_its_facts(unet_in, origin, tmp_path):
     unet = unet_in()
-    BitFit(origin=origin).save_weights(unet, tmp_path)
+    BitFit(origin=origin).save_weights(Denoiser(unet), tmp_path)
     facts = read_adapter_facts(tmp_path / BIASES_FILE)
     assert (facts.kind, facts.rank, facts.alpha, facts.targets) == ("bitfit", None, None, None)
     assert all(getattr(facts, name) == value for name, value in vars(origin).items())
@@ -97,10 +98,10 @@ def test_the_small_file_tells_its_facts(unet_in, origin, tmp_path):
 
 def test_biases_of_another_model_are_refused(unet_in, origin, tmp_path):
     unet = unet_in()
-    BitFit(origin=origin).save_weights(unet, tmp_path)
+    BitFit(origin=origin).save_weights(Denoiser(unet), tmp_path)
     unet.conv_out.bias = None
     with pytest.raises(ValueError, match="does not fit.*conv_out.bias"):
-        BitFit().load_weights(unet, tmp_path)
+        BitFit().load_weights(Denoiser(unet), tmp_path)
 
 
 def test_a_checkpoint_of_full_tuning_is_not_gone_on_with(trainer, capsys):

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from helpers.models.facts import AdapterFacts, Origin, metadata, origin_of, read_adapter_facts
 from helpers.models.families import SPECS
+from helpers.models.parts import LossSettings
 
 ORIGIN = Origin(
     base_model="DeepFloyd/IF-I-M-v1.0",
@@ -60,11 +61,11 @@ def test_the_origin_is_read_from_the_weights_and_names_a_folder_without_its_path
     tiny_model, tmp_path, family, pipeline
 ):
     folder = shutil.copytree(tiny_model, tmp_path / "my-if")
-    origin = origin_of(str(folder), family, SPECS[family], folder, trains_variance=True)
+    origin = origin_of(str(folder), family, SPECS[family], folder, LossSettings())
     assert origin == Origin(**{
         **vars(ORIGIN), "base_model": "my-if", "family": family, "pipeline": pipeline, "variance_type": "learned_range",
     })
-    assert origin_of("some/if", family, SPECS[family], folder, trains_variance=True).base_model == "some/if"
+    assert origin_of("some/if", family, SPECS[family], folder, LossSettings()).base_model == "some/if"
 
 
 @pytest.mark.parametrize("channels, base, trained, variance", [
@@ -79,4 +80,4 @@ def test_a_predicted_variance_is_sampled_with_only_where_it_was_trained(
     unet, scheduler = folder / "unet" / "config.json", folder / "scheduler" / "scheduler_config.json"
     for path, values in ((unet, {"out_channels": channels}), (scheduler, {"variance_type": base})):
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-    assert origin_of("some/if", "deepfloyd-i", SPECS["deepfloyd-i"], folder, trained).variance_type == variance
+    assert origin_of("some/if", "deepfloyd-i", SPECS["deepfloyd-i"], folder, LossSettings(trained)).variance_type == variance

@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 
+from helpers.models.denoiser import Denoiser
 from helpers.models.full import Full
 from helpers.models.gradient_checkpointing import checkpoint_everything
 from helpers.models.lora import LoRA
@@ -75,7 +76,7 @@ def test_three_quarters_of_what_if_keeps_for_the_backward_pass_go(adapter):
         unet = UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(architecture("DeepFloyd/IF-I-M-v1.0"))
         ).train()
-        adapter.attach(unet, torch.float32)
+        adapter.attach(Denoiser(unet), torch.float32)
         inputs = torch.empty(2, 3, 64, 64), torch.empty(2, dtype=torch.int64), torch.empty(2, 77, 4096)
         plain = kept_for_backward(unet, *inputs)
         unet.enable_gradient_checkpointing()
@@ -91,12 +92,12 @@ def test_three_quarters_of_what_if_keeps_for_the_backward_pass_go(adapter):
 def test_gradients_are_the_same_bit_for_bit_with_dropout_too(unet_in, dtype, trained):
     unet = unet_in(dtype)
     if trained == "lora":
-        LoRA(4, 4, 0.3, "attention+conv").attach(unet, dtype)
+        LoRA(4, 4, 0.3, "attention+conv").attach(Denoiser(unet), dtype)
     else:
         for module in unet.modules():
             if isinstance(module, ResnetBlock2D):
                 module.dropout.p = 0.3
-        Full().attach(unet, dtype)
+        Full().attach(Denoiser(unet), dtype)
     assert_same_gradients(unet)
 
 

@@ -45,7 +45,7 @@ def test_fitting_weights_pass(model, model_ii):
             r"are DeepFloyd IF stage II: set MODEL_TYPE \(--model_type\) to deepfloyd-stage2-lora or deepfloyd-stage2",
         ),
         ({"class_embed_type": "timestep"}, "class_embed_type 'timestep' instead of None"),
-        ({"in_channels": 4}, "Stable Diffusion"),
+        ({"in_channels": 4}, "takes 4 channels instead of 3"),
         ({"in_channels": 1}, "takes 1 channels instead of 3"),
         ({"encoder_hid_dim_type": None}, "no projection of T5 embeddings"),
         ({"encoder_hid_dim": 4096}, "text encoder gives 64 values a token, the UNet takes 4096"),
@@ -146,20 +146,20 @@ def test_a_name_that_the_hub_does_not_allow_is_refused_in_words():
 
 
 def test_weight_files_that_are_there_pass(model):
-    loading.check_weight_files(model, None)
+    loading.check_weight_files(model, None, SPEC)
 
 
 @pytest.mark.parametrize("component, stem", [("unet", "diffusion_pytorch_model"), ("text_encoder", "model")])
 def test_missing_pickled_and_placeholder_weights_are_refused_before_anything_loads(model, component, stem):
     weights = model / component / f"{stem}.safetensors"
     with pytest.raises(WeightsError, match=f"no unet/diffusion_pytorch_model.fp16.*{'diffusion_pytorch_model'}.*VARIANT"):
-        loading.check_weight_files(model, "fp16")
+        loading.check_weight_files(model, "fp16", SPEC)
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(WeightsError, match=rf"no {component}/{stem}.safetensors, it has {stem}.bin"):
-        loading.check_weight_files(model, None)
+        loading.check_weight_files(model, None, SPEC)
     weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(WeightsError, match="git lfs pull"):
-        loading.check_weight_files(model, None)
+        loading.check_weight_files(model, None, SPEC)
 
 
 def test_pickled_weights_are_never_loaded(model):

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from helpers.config.families import ATTENTION, CONVOLUTIONS, LORA_TARGETS
+from helpers.models.denoiser import Denoiser
 from helpers.models.facts import read_adapter_facts
 from helpers.models.lora import LORA_FILE, LoRA
 
@@ -36,9 +37,9 @@ def test_a_saved_adapter_gives_the_same_output_in_diffusers(
     unet = unet_in()
     plain = output_of(unet)
     adapter = lora(targets, **kind)
-    adapter.attach(unet, torch.float32)
+    adapter.attach(Denoiser(unet), torch.float32)
     moved(unet)
-    adapter.save_weights(unet, tmp_path)
+    adapter.save_weights(Denoiser(unet), tmp_path)
     pipeline.load_lora_weights(tmp_path)
     torch.testing.assert_close(output_of(pipeline.unet), output_of(unet), atol=0, rtol=0)
     assert (output_of(unet) - plain).abs().max() > 1e-2
@@ -49,8 +50,8 @@ def test_a_saved_adapter_gives_the_same_output_in_diffusers(
 def test_the_second_stage_takes_adapters_too(tiny_stage2, origin, moved, output_of, tmp_path, targets, dora):
     adapter = LoRA(2, 4, 0.0, targets, dora, origin=replace(origin, pipeline="IFSuperResolutionPipeline"))
     unet = UNet2DConditionModel.from_pretrained(tiny_stage2 / "unet")
-    adapter.attach(unet, torch.float32)
-    adapter.save_weights(moved(unet), tmp_path)
+    adapter.attach(Denoiser(unet), torch.float32)
+    adapter.save_weights(Denoiser(moved(unet)), tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(tiny_stage2)
     pipeline.load_lora_weights(tmp_path)
     torch.testing.assert_close(output_of(pipeline.unet), output_of(unet), atol=0, rtol=0)
@@ -59,7 +60,7 @@ def test_the_second_stage_takes_adapters_too(tiny_stage2, origin, moved, output_
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_each_kind_computes_what_its_paper_says(unet_in, lora, moved, kind):
     unet = unet_in()
-    lora(**KINDS[kind]).attach(unet, torch.float32)
+    lora(**KINDS[kind]).attach(Denoiser(unet), torch.float32)
     moved(unet)
     layer = unet.down_blocks[2].attentions[0].to_q
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -83,14 +84,14 @@ def test_training_starts_at_the_model_itself(unet_in, lora, output_of, targets, 
     unet = unet_in(frozen)
     autocast = frozen != trained
     plain = output_of(unet, autocast)
-    lora(targets, **KINDS[kind]).attach(unet, trained)
+    lora(targets, **KINDS[kind]).attach(Denoiser(unet), trained)
     assert torch.equal(output_of(unet, autocast), plain)
 
 
 def test_every_attention_has_an_adapter_on_its_text_keys_and_values(unet_in, lora):
     unet = unet_in()
     attentions = sum(name.endswith("add_k_proj") for name, _ in unet.named_modules())
-    lora().attach(unet, torch.float32)
+    lora().attach(Denoiser(unet), torch.float32)
     trained = {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
     for target in ATTENTION:
         assert sum(f".{target}.lora_A" in name for name in trained) == attentions, target
@@ -99,7 +100,7 @@ def test_every_attention_has_an_adapter_on_its_text_keys_and_values(unet_in, lor
 
 def test_convolution_targets_reach_resnets_and_samplers(unet_in, lora):
     unet = unet_in()
-    lora("attention+conv", dora=True).attach(unet, torch.float32)
+    lora("attention+conv", dora=True).attach(Denoiser(unet), torch.float32)
     trained = [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
     for target in CONVOLUTIONS:
         assert any(f".{target}.lora_A" in name for name in trained), target
@@ -109,7 +110,7 @@ def test_convolution_targets_reach_resnets_and_samplers(unet_in, lora):
 
 def test_layers_have_the_ranks_that_they_are_given(unet_in, lora):
     unet = unet_in()
-    lora("attention+conv", ranks=RANKS).attach(unet, torch.float32)
+    lora("attention+conv", ranks=RANKS).attach(Denoiser(unet), torch.float32)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             assert parameter.shape[1] == RANKS.get(name.split(".lora_B")[0].split(".")[-1], 2), name
@@ -120,7 +121,7 @@ def test_layers_have_the_ranks_that_they_are_given(unet_in, lora):
 def test_a_rank_of_its_own_changes_no_layers_scale_but_by_rsloras_own_rule(unet_in, lora, alpha, rslora):
     """An alpha like the rank counts in full in every layer, one of half the rank by half."""
     unet = unet_in()
-    lora("attention+conv", alpha, ranks={**RANKS, "to_out.0": 3}, rslora=rslora).attach(unet, torch.float32)
+    lora("attention+conv", alpha, ranks={**RANKS, "to_out.0": 3}, rslora=rslora).attach(Denoiser(unet), torch.float32)
     layers = [layer for layer in unet.modules() if isinstance(layer, LoraLayer)]
     assert {layer.r["default"] for layer in layers} == {1, 2, 3, 8}
     for layer in layers:
@@ -131,18 +132,18 @@ def test_a_rank_of_its_own_changes_no_layers_scale_but_by_rsloras_own_rule(unet_
 @pytest.mark.parametrize("other", [{"targets": "attention+conv"}, {"dora": True}])
 def test_weights_of_another_adapter_are_refused(unet_in, lora, tmp_path, other):
     unet, another = unet_in(), unet_in()
-    lora().attach(unet, torch.float32)
-    lora().save_weights(unet, tmp_path)
-    lora(**other).attach(another, torch.float32)
+    lora().attach(Denoiser(unet), torch.float32)
+    lora().save_weights(Denoiser(unet), tmp_path)
+    lora(**other).attach(Denoiser(another), torch.float32)
     with pytest.raises(ValueError, match="does not fit"):
-        lora(**other).load_weights(another, tmp_path)
+        lora(**other).load_weights(Denoiser(another), tmp_path)
 
 
 def test_a_file_tells_its_facts_beside_what_diffusers_reads(unet_in, lora, origin, tmp_path):
     unet = unet_in()
     adapter = lora("attention+conv", 8, rslora=True, ranks=RANKS)
-    adapter.attach(unet, torch.float32)
-    adapter.save_weights(unet, tmp_path)
+    adapter.attach(Denoiser(unet), torch.float32)
+    adapter.save_weights(Denoiser(unet), tmp_path)
     facts = read_adapter_facts(tmp_path / LORA_FILE)
     assert (facts.kind, facts.rank, facts.alpha, facts.targets, facts.rslora) == ("lora", 2, 8, "attention+conv", True)
     assert facts.ranks == "to_q=1,add_k_proj=8"

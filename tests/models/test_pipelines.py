@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, IFSuperResol
 from examples.demo.make_model import SCHEDULER
 from helpers.models.facts import origin_of
 from helpers.models.families import SPECS
+from helpers.models.parts import LossSettings
 from helpers.models.pipelines import write_pipeline
 
 
@@ -37,7 +38,7 @@ def change_index(base: Path, **values: object) -> None:
 
 def test_the_second_stage_comes_out_complete(second_stage, moved, output_of, tmp_path):
     spec = SPECS["deepfloyd-ii"]
-    origin = origin_of(str(second_stage), "deepfloyd-ii", spec, second_stage, trains_variance=True)
+    origin = origin_of(str(second_stage), "deepfloyd-ii", spec, second_stage, LossSettings())
     unet = moved(UNet2DConditionModel.from_pretrained(second_stage / "unet"))
     tuned = DiffusionPipeline.from_pretrained(write_pipeline(unet, second_stage, tmp_path / "output", None, origin))
     assert type(tuned) is IFSuperResolutionPipeline
@@ -53,7 +54,7 @@ def test_the_second_stage_comes_out_complete(second_stage, moved, output_of, tmp
 
 def test_a_missing_part_that_the_pipeline_needs_is_named(second_stage, tmp_path):
     spec = SPECS["deepfloyd-ii"]
-    origin = origin_of(str(second_stage), "deepfloyd-ii", spec, second_stage, trains_variance=True)
+    origin = origin_of(str(second_stage), "deepfloyd-ii", spec, second_stage, LossSettings())
     shutil.rmtree(second_stage / "image_noising_scheduler")
     unet = UNet2DConditionModel.from_pretrained(second_stage / "unet")
     with pytest.raises(FileNotFoundError, match="image_noising_scheduler"):

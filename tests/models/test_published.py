@@ -12,6 +12,8 @@ PARAMETERS = {
     "i-xlarge-4.3b": 4305e6,
     "ii-medium-450m": 461e6,
     "ii-large-1.2b": 1243e6,
+    **dict.fromkeys(["1.4", "1.5"], 860e6),
+    **dict.fromkeys(["2.0-base", "2.0", "2.1-base", "2.1"], 866e6),
 }
 
 
@@ -22,7 +24,8 @@ def test_the_architecture_of_every_flavour_is_known_without_a_download(flavour):
         config = UNet2DConditionModel.load_config(architecture(family.flavours[flavour]))
         unet = UNet2DConditionModel.from_config(config)
     assert unet.config.in_channels == SPECS[family.key].in_channels
-    assert unet.config.sample_size == family.resolution
+    edge = unet.config.sample_size * (family.pixels_per_latent or 1)
+    assert edge == family.native_edge(flavour, family.flavours[flavour])
     assert sum(parameter.numel() for parameter in unet.parameters()) == pytest.approx(PARAMETERS[flavour], rel=0.005)
 
 

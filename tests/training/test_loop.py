@@ -10,6 +10,7 @@ from helpers.config.load import load
 from helpers.data.collate import Batch
 from helpers.data.sampler import Position, Use
 from helpers.data.scan import Record
+from helpers.diffusion.draws import Draws
 from helpers.models.adapters import trainable_parameters
 from helpers.models.families import SPECS
 from helpers.sizes import Size
@@ -89,9 +90,9 @@ def test_accumulated_gradients_are_the_mean_over_the_batches(make_run):
     norms = gradient_norms(run)
     train(run, batches())
     reference = make_run(1)
-    losses = (training_loss(reference.parts, reference.unet, batch, reference.generator) for _, batch in batches(3))
+    losses = (training_loss(reference.parts, reference.denoiser, batch, reference.generator) for _, batch in batches(3))
     torch.stack([made.loss for made in losses]).mean().backward()
-    gradients = [p.grad.flatten() for p in reference.unet.parameters() if p.grad is not None]
+    gradients = [p.grad.flatten() for p in reference.denoiser.parameters() if p.grad is not None]
     assert norms == pytest.approx([torch.cat(gradients).norm().item()], rel=1e-4)
     assert (run.step, run.position) == (1, Position(0, 3))
 
@@ -106,21 +107,21 @@ def test_each_step_uses_the_schedules_rate(make_run):
 def test_weights_are_averaged_once_an_optimizer_step(make_run):
     run = make_run(4, use_ema=True, gradient_accumulation_steps=3, learning_rate=1e-2)
     seen = []
-    train(run, batches(), [lambda run: seen.append([p.detach().clone() for p in trainable_parameters(run.unet)])])
+    train(run, batches(), [lambda run: seen.append([p.detach().clone() for p in trainable_parameters(run.denoiser)])])
     assert run.ema.state()["updates"] == 4
     expected = seen[0]
     for update, weights in enumerate(seen[1:], 2):
         expected = [(update * old + 9 * new) / (9 + update) for old, new in zip(expected, weights)]
     with run.averaged_weights():
-        for parameter, average in zip(trainable_parameters(run.unet), expected):
+        for parameter, average in zip(trainable_parameters(run.denoiser), expected):
             torch.testing.assert_close(parameter.detach(), average, rtol=1e-4, atol=1e-7)
 
 
 def test_without_averaging_the_weights_stay_in_place(make_run):
     run = make_run(1)
-    before = [p.detach().clone() for p in trainable_parameters(run.unet)]
+    before = [p.detach().clone() for p in trainable_parameters(run.denoiser)]
     with run.averaged_weights():
-        assert all(torch.equal(old, new) for old, new in zip(before, trainable_parameters(run.unet)))
+        assert all(torch.equal(old, new) for old, new in zip(before, trainable_parameters(run.denoiser)))
     assert run.state()["ema"] is None
 
 
@@ -131,12 +132,12 @@ def test_averaging_that_is_switched_on_later_begins_there_and_switched_off_is_dr
     for run in (plain, averaging):
         train(run, itertools.islice(batches(), 2), [stop_at(2)])
     started = make_run(4, use_ema=True)
-    for parameter in trainable_parameters(started.unet):
+    for parameter in trainable_parameters(started.denoiser):
         parameter.data.add_(1.0)  # as the weights of the checkpoint, which are loaded before
     started.restore(plain.state())
     assert "USE_EMA" in capsys.readouterr().out
     assert started.ema.state()["updates"] == 0
-    pairs = zip(started.ema.state()["weights"], trainable_parameters(started.unet))
+    pairs = zip(started.ema.state()["weights"], trainable_parameters(started.denoiser))
     assert all(torch.equal(average, parameter) for average, parameter in pairs)
     stopped = make_run(4)
     stopped.restore(averaging.state())
@@ -148,7 +149,7 @@ def test_dropout_and_gradient_checkpointing_are_at_work_while_training(make_run)
     calls = []
     run.parts.unet.up_blocks[-1].resnets[0].conv1.register_forward_hook(lambda *_: calls.append(1))
     modes = []
-    train(run, batches(), [lambda run: modes.extend(m.training for m in run.unet.modules() if hasattr(m, "p"))])
+    train(run, batches(), [lambda run: modes.extend(m.training for m in run.denoiser.modules() if hasattr(m, "p"))])
     assert modes and all(modes)
     assert len(calls) == 2, "checkpointing computes a block's forward pass once more on the way back"
 
@@ -182,7 +183,7 @@ def test_gradients_that_are_nan_end_a_run(make_run, monkeypatch, options):
     run = make_run(1, **options)
     run.optimizer.optimizer.register_step_pre_hook(spoil)
     train(run, batches())
-    assert all(parameter.isnan().all() for parameter in trainable_parameters(run.unet))
+    assert all(parameter.isnan().all() for parameter in trainable_parameters(run.denoiser))
     with pytest.raises(NonFiniteLoss):
         require_finite(run)
 
@@ -199,7 +200,7 @@ def spoilt(numbers: set[int]):
 
 
 def snapshot(run: Run) -> dict[str, object]:
-    return {"weights": [p.detach().clone() for p in trainable_parameters(run.unet)], **copy.deepcopy(run.state())}
+    return {"weights": [p.detach().clone() for p in trainable_parameters(run.denoiser)], **copy.deepcopy(run.state())}
 
 
 @pytest.mark.parametrize(
@@ -228,7 +229,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_what_it_came_from(m
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_is_skipped_too(make_run, capfd, value):
     run, seen = make_run(2, lr_scheduler="constant"), []
-    [parameter, *_] = trainable_parameters(run.unet)
+    [parameter, *_] = trainable_parameters(run.denoiser)
     spoil = parameter.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), value))
     train(run, spoilt(set()), [lambda run: spoil.remove(), lambda run: seen.append(snapshot(run))])
     fresh = snapshot(make_run(2))
@@ -262,10 +263,10 @@ def test_noise_of_low_timesteps_survives_bf16_training(make_run, mixed, pure):
     fed = []
     run.parts.unet.register_forward_pre_hook(lambda module, args: fed.append((args[0].float(), args[1])))
     _, batch = next(batches())
-    x = run.parts.spec.space.encode(batch.images)
+    x = run.parts.spec.space.encode(batch.images, Draws(run.generator))
     found = False
     for _ in range(60):
-        training_loss(run.parts, run.unet, batch, run.generator) if pure else _autocast_loss(run, batch)
+        training_loss(run.parts, run.denoiser, batch, run.generator) if pure else _autocast_loss(run, batch)
         x_t, t = fed.pop()
         for sample, image, step in zip(x_t, x, t.tolist()):
             if step <= 20:
@@ -276,7 +277,7 @@ def test_noise_of_low_timesteps_survives_bf16_training(make_run, mixed, pure):
 
 def _autocast_loss(run: Run, batch: Batch) -> StepLoss:
     with run.accelerator.autocast():
-        return training_loss(run.parts, run.unet, batch, run.generator)
+        return training_loss(run.parts, run.denoiser, batch, run.generator)
 
 
 def test_loss_options_reach_the_step(make_run):
@@ -285,7 +286,7 @@ def test_loss_options_reach_the_step(make_run):
 
     def loss(**options: object) -> float:
         run = make_run(1, **options)
-        return training_loss(run.parts, run.unet, batch, run.generator).loss.item()
+        return training_loss(run.parts, run.denoiser, batch, run.generator).loss.item()
 
     plain = loss()
     assert loss() == plain

@@ -70,9 +70,9 @@ def test_all_but_the_activations_is_exact_to_the_byte(tiny_model, flags):
     run = assembly.create_run(config, SPEC, tiny_model, assembly.adapter_of(config), accelerator, 1)
     unet, width = run.parts.unet.train(), run.parts.unet.config.encoder_hid_dim
     with accelerator.autocast():
-        output = run.unet(
+        output = run.denoiser(
             torch.randn(1, 3, 64, 64).to(unet.dtype), torch.tensor([5]), torch.randn(1, 77, width).to(unet.dtype)
-        ).sample
+        )
     accelerator.backward(output.float().square().mean())
     gradients = bytes_of(parameter.grad for parameter in unet.parameters() if parameter.grad is not None)
     run.optimizer.step()
@@ -131,7 +131,7 @@ def setup(model: Path, **values: object) -> Setup:
 def counted_on_the_cpu(parts: Parts, setup: Setup) -> int:
     """The most that really lives at one time during a training step's forward and backward pass."""
     unet, height, width = parts.unet.train(), setup.size.height, setup.size.width
-    setup.adapter.attach(unet, setup.trained)
+    setup.adapter.attach(parts.denoiser, setup.trained)
     if setup.checkpointing:
         checkpoint_everything(unet)
     ledger = Ledger(unet.parameters())
@@ -141,7 +141,7 @@ def counted_on_the_cpu(parts: Parts, setup: Setup) -> int:
     batch = Batch(images, torch.randn(2, 77, unet.config.encoder_hid_dim).bfloat16(), (None, None))
     with ledger:
         with torch.autocast("cpu", torch.bfloat16) if setup.autocast else nullcontext():
-            loss, _ = training_loss(parts, unet, batch, torch.Generator())
+            loss, _ = training_loss(parts, parts.denoiser, batch, torch.Generator())
         loss.backward()
     return ledger.most_activations
 

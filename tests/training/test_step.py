@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.data.collate import Batch
+from helpers.diffusion.draws import Draws
 from helpers.diffusion.noising import at
 from helpers.models import loading
 from helpers.models.conditioning import reduce, upscale
@@ -31,9 +32,13 @@ def shown(family: str, model: Path) -> tuple[Parts, torch.Tensor, dict[str, torc
     parts.unet.register_forward_pre_hook(record, with_kwargs=True)
     text = torch.randn(COUNT, 77, 64, generator=generator).bfloat16()
     with torch.no_grad():
-        training_loss(parts, parts.unet, Batch(images, text, ()), generator)
+        training_loss(parts, parts.denoiser, Batch(images, text, ()), generator)
     assert torch.equal(seen["text"], text.float())
     return parts, images, seen
+
+
+def encoded(parts: Parts, images: torch.Tensor) -> torch.Tensor:
+    return parts.spec.space.encode(images, Draws(torch.Generator()))
 
 
 def noise_in(x_t: torch.Tensor, x_0: torch.Tensor, schedule, t: torch.Tensor) -> torch.Tensor:
@@ -54,7 +59,7 @@ def test_stage_ii_is_shown_the_image_itself_in_low_resolution_with_its_own_noise
     parts, images, seen = shown("deepfloyd-ii", tiny_stage2)
     t, level = seen["t"], seen["labels"]
     assert t.dtype == level.dtype == torch.int64
-    eps = noise_in(seen["input"][:, :3], parts.spec.space.encode(images), parts.schedule, t)
+    eps = noise_in(seen["input"][:, :3], encoded(parts, images), parts.schedule, t)
     low_res = upscale(reduce(images, 4), (EDGE, EDGE))
     own = noise_in(seen["input"][:, 3:], low_res, parts.low_res_schedule, level)
     assert_standard_normal(eps)
@@ -69,4 +74,4 @@ def test_stage_ii_is_shown_the_image_itself_in_low_resolution_with_its_own_noise
 def test_stage_i_is_shown_the_noised_image_alone(tiny_model):
     parts, images, seen = shown("deepfloyd-i", tiny_model)
     assert seen["labels"] is None and seen["input"].shape == (COUNT, 3, EDGE, EDGE)
-    assert_standard_normal(noise_in(seen["input"], parts.spec.space.encode(images), parts.schedule, seen["t"]))
+    assert_standard_normal(noise_in(seen["input"], encoded(parts, images), parts.schedule, seen["t"]))
