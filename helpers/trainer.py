@@ -30,7 +30,7 @@ from helpers.data.preparation import NULL_CAPTION, TextCaches
 from helpers.data.sampler import Position
 from helpers.data.scan import DatasetError, write_left_out
 from helpers.files import write_whole
-from helpers.models import loading
+from helpers.models import kohya, loading
 from helpers.models.bitfit import BIASES_FILE
 from helpers.models.facts import origin_of, variance_type_of
 from helpers.models.fingerprints import fingerprint_unet
@@ -231,6 +231,9 @@ def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> N
     with run.averaged_weights():
         result = job.adapter.export(run.parts.denoiser, model, output)
     lines = [f"  {_shown(result)}    the result, for diffusers" + (", of averaged weights" if run.ema else "")]
+    if job.config.run.export == "kohya":
+        exported = kohya.export(result, output / kohya.KOHYA_FILE)
+        lines.append(f"  {_shown(exported)}    the same, {kohya.readers(exported)}")
     if job.config.training.use_bitfit:
         lines.append(f"  {_shown(output / BIASES_FILE)}    its biases alone, for pipeline.unet.load_state_dict")
     variance, base_variance = job.adapter.origin.variance_type, variance_type_of(model)

@@ -91,6 +91,7 @@ VALUES = {
     "validation_noise_level": ("100", 100),
     "validation_seed": ("1", 1),
     "output_dir": ("~/out", "~/out"),
+    "export": ("kohya", "kohya"),
     "checkpointing_steps": ("100", 100),
     "checkpoints_total_limit": ("0", 0),
     "resume_from_checkpoint": ("checkpoint-100", "checkpoint-100"),
@@ -104,7 +105,7 @@ VALUES = {
 SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
 NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler=polynomial"],
           "soft_min_snr": ["--snr_gamma=5"], "strict": ["--check"],
-          "validation_noise_scheduler": ["--model_type=lora"], "rescale_betas_zero_snr": ["--model_type=lora"],
+          **dict.fromkeys(["export", "rescale_betas_zero_snr", "validation_noise_scheduler"], ["--model_type=lora"]),
           "timestep_bias_multiplier": ["--timestep_bias_strategy=later"],
           "timestep_bias_portion": ["--timestep_bias_strategy=later"],
           "timestep_bias_begin": ["--timestep_bias_strategy=range"],

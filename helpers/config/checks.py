@@ -50,6 +50,7 @@ def problems(config: Config) -> Iterator[Problem]:
     if config.training.max_train_steps:
         yield from schedule_problems(config, config.training.max_train_steps, ("max_train_steps",))
     yield from _what_is_trained(config)
+    yield from _export(config)
     yield from _loss(config)
     yield from _timestep_bias(config)
     yield from _eval_images(config)
@@ -342,6 +343,21 @@ def _adapter_of_full(config: Config, of_kind: Mapping[str, str]) -> Iterator[Pro
             f"found {found(value)} beside model_type {of_kind['full']}, which trains no adapter: "
             f"{away} model_type to {of_kind['lora']}",
         )
+
+
+def _export(config: Config) -> Iterator[Problem]:
+    if config.run.export == "diffusers":
+        return
+    words = f"found {config.run.export!r}"
+    if not config.family.kohya:
+        words += f", but ComfyUI and A1111 have no {config.family.name}: remove it, or type diffusers"
+        yield Problem(("export", "model_type"), words)
+    elif config.training_kind == "full":
+        words += (
+            f" beside model_type {config.model.model_type}, which trains no adapter: type diffusers, "
+            f"or set model_type to {config.lora_type}"
+        )
+        yield Problem(("export", "model_type"), words)
 
 
 def _loss(config: Config) -> Iterator[Problem]:

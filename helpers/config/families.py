@@ -23,7 +23,8 @@ class Family:
     which were trained at another. A family that `upscales` learns from images and their low-resolution copies: an
     image below the resolution would teach it blur. `generations` are narrower names for `model_family`, each with its
     flavours, the default first. `pixels_per_latent` is set where a VAE stands between images and UNet. `lacks_layers`
-    are those of `LORA_TARGETS` that its UNet has not.
+    are those of `LORA_TARGETS` that its UNet has not. `kohya`: ComfyUI, A1111 and kohya's tools have the model, so that
+    its adapters can be exported for them.
     """
 
     key: str
@@ -46,6 +47,7 @@ class Family:
     generations: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     pixels_per_latent: int | None = None
     lacks_layers: tuple[str, ...] = ()
+    kohya: bool = False
 
     @property
     def validation_resolution(self) -> tuple[Size, ...]:
@@ -136,6 +138,7 @@ STABLE_DIFFUSION = Family(
     generations=MappingProxyType({"sd1x": ("1.5", "1.4"), "sd2x": ("2.1", "2.1-base", "2.0", "2.0-base")}),
     pixels_per_latent=8,
     lacks_layers=("add_k_proj", "add_v_proj"),
+    kohya=True,
 )
 
 MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({

@@ -353,6 +353,9 @@ class ValidationOptions(Group):
 
 class RunOptions(Group):
     output_dir: FromRoot = option("output", help="Where results go.")
+    export: Literal["diffusers", "kohya"] = option(
+        "diffusers", export="EXPORT_FORMAT",
+        help="kohya: besides the result of a lora model type, a file that ComfyUI and A1111 read.")
     checkpointing_steps: Whole = option(500, ge=0, unit="steps", help="Steps between checkpoints; 0: at the end only.")
     checkpoints_total_limit: Whole = option(
         3, export="CHECKPOINTING_LIMIT", ge=0, help="Checkpoints to keep, the newest ones; 0: all.")

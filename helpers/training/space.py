@@ -83,7 +83,7 @@ def output_needs(config: Config, saved: Saved, base: Path | None) -> list[Need]:
     output, limit = config.run.output_dir, config.run.checkpoints_total_limit
     number = max(1, limit + 1 - len(checkpoints.found(output)))
     kept = f"CHECKPOINTING_LIMIT + 1, less those that are there: {number}" if limit else "of all that are kept, 1"
-    result = saved.trained
+    result = saved.trained * (2 if config.run.export == "kohya" else 1)
     if config.training_kind == "full":
         result = saved.unet + (copied_bytes(base, config.model.variant) if base else 0)
     return [

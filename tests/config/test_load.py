@@ -157,6 +157,8 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--timestep_bias_strategy=earlier", "--timestep_bias_portion=1"], "which is all of the 1000 timesteps"),
     (["--timestep_bias_strategy=later", "--timestep_bias_multiplier=1"], "type 2, or less than 1"),
     (["--timestep_bias_strategy=later", "--timestep_bias_multiplier=1e39"], "at most 1000"),
+    (["--export=kohya"], "found 'kohya', but ComfyUI and A1111 have no DeepFloyd IF stage I: remove it"),
+    (["--export=kohya", "--model_type=deepfloyd-full"], "have no DeepFloyd IF stage I: remove it"),
     (["--use_bitfit"], "set it to false, or model_type to deepfloyd-full"),
     (["--use_bitfit", "--use_dora"], "set one of the two to false"),
     (["--use_bitfit", "--use_rslora", "--model_type=deepfloyd-full"], "set one of the two to false"),
@@ -164,6 +166,13 @@ def test_wrong_input_is_answered_in_words(flag, words):
 def test_options_that_do_not_fit_together_are_refused(flags, words):
     problems = problems_of(*flags)
     assert len(problems) == 1 and words in problems[0]
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_bitfit"]])
+def test_a_family_that_other_tools_have_is_exported_for_them_as_an_adapter_only(flags):
+    assert load(["--model_type=lora", "--export=kohya"]).config.run.export == "kohya"
+    [problem] = problems_of("--export=kohya", "--model_type=full", *flags)
+    assert "beside model_type full, which trains no adapter: type diffusers, or set model_type to" in problem
 
 
 @pytest.mark.parametrize("full, lora", [

@@ -1,6 +1,8 @@
 import shutil
 
-from helpers.training.space import Need, describe, shortages
+from helpers.config.load import load
+from helpers.training.memory import Saved
+from helpers.training.space import Need, describe, output_needs, shortages
 
 
 def test_what_there_is_no_room_for_is_told_by_disk_and_the_rest_is_not(tmp_path):
@@ -15,3 +17,12 @@ def test_what_there_is_no_room_for_is_told_by_disk_and_the_rest_is_not(tmp_path)
 def test_needs_on_one_disk_are_added_up(tmp_path):
     lines = describe([Need("pixels", 2_000_000, tmp_path), Need("result", 3_000_000, tmp_path / "output")])
     assert "2.0 MB  pixels" in lines[1] and "3.0 MB  result" in lines[2] and "5.0 MB  in all" in lines[3]
+
+
+def test_a_second_format_takes_the_result_once_more(tmp_path):
+    saved = Saved(trained=10, state=20, unet=500)
+    flags = ["--model_type=lora", f"--output_dir={tmp_path}"]
+    once, twice = (
+        output_needs(load([*flags, f"--export={name}"]).config, saved, None)[-1] for name in ("diffusers", "kohya")
+    )
+    assert (once.nbytes, twice.nbytes) == (10, 20)
