@@ -10,7 +10,7 @@ from helpers.data.audit import audit_captions, audit_images, text_side
 from helpers.data.audit_report import Audit, as_json_text, as_table
 from helpers.files import free_bytes
 from helpers.models import loading, published
-from helpers.planning import job_of, quieten_libraries, require_writable
+from helpers.planning import job_of, quieten_libraries, require_writable, small_files_of
 from helpers.processes import Processes
 from helpers.training import assembly, space
 
@@ -23,6 +23,7 @@ def check(resolved: Resolved, backends: Backends, processes: Processes) -> int:
 
     Raises:
         ConfigError: a folder for caches, where the index of the images goes, or for results cannot be written to.
+        WeightsError: the model is a file that cannot be used.
     """
     quieten_libraries()
     job = job_of(resolved, backends, processes)
@@ -32,7 +33,7 @@ def check(resolved: Resolved, backends: Backends, processes: Processes) -> int:
     audited = [audit_images(entry, family.alignment, not family.upscales, smallest) for entry in backends.images]
     captions = [caption for one in audited for caption in one.dataset.captions()]
     prepared = preparation.prepare_captions(spec.text, captions)
-    name, revision = config.model.pretrained_model_name_or_path, config.model.revision
+    name, revision = small_files_of(job), config.model.revision
     text = text_side(spec.text, name, revision)
     findings = [finding for one in audited for finding in one.findings]
     for one, entry in zip(audited, backends.images):

@@ -20,9 +20,10 @@ from helpers.data import preparation
 from helpers.data.dataset import Dataset
 from helpers.data.sampler import Sampler
 from helpers.data.scan import DatasetError
-from helpers.models import loading, published
+from helpers.models import loading, published, single_file
 from helpers.models.adapters import Adapter
 from helpers.models.families import SPECS
+from helpers.models.single_file import Conversion
 from helpers.models.spec import Spec
 from helpers.processes import Processes
 from helpers.training import assembly, checkpoints, memory_report, space
@@ -72,7 +73,7 @@ class Plan:
     """What will be trained on, and from where on.
 
     Attributes:
-        configs: the folder with the model's small files; None where a dry run does not look at the hub.
+        configs: the folder with the model's small files; None where a dry run has no such folder.
         checkpoint: the one to go on from.
         prepared: every caption and prompt with the text that is encoded.
         data: the datasets' digests.
@@ -113,8 +114,7 @@ def plan(job: Job) -> Plan:
     require_same_data(job.processes.gather(data))
     if checkpoint:
         tell_changes(job, checkpoint, former, data)
-    name = job.config.model.pretrained_model_name_or_path
-    architecture = configs / "unet" / "config.json" if configs else published.architecture(name)
+    architecture = configs / "unet" / "config.json" if configs else published.architecture(small_files_of(job))
     tell_memory(job, architecture, datasets)
     tell_space(job, architecture, configs, datasets, prepared)
     return Plan(job, configs, checkpoint, datasets, prepared, data)
@@ -169,17 +169,61 @@ def check_model(job: Job) -> Path | None:
     """See that the weights are of the right family, by their small files: before images are read, which takes long.
 
     Returns:
-        the folder with these files; None in a dry run of a model on the hub, which downloads nothing.
+        the folder with these files; None in a dry run of a model on the hub, which downloads nothing, and where the
+        small files of a single file would come from there.
     """
     options = job.config.model
-    name, is_local = options.pretrained_model_name_or_path, Path(options.pretrained_model_name_or_path).is_dir()
+    conversion = conversion_of(job)
+    for line in conversion.told() if conversion and job.processes.is_first else ():
+        print(line)
+    name = small_files_of(job) if job.config.run.dry_run else source_of(job)
+    is_local = Path(name).is_dir()
     if job.config.run.dry_run and not is_local:
         return None
     configs = loading.fetch_configs(name, options.revision, job.spec)
     loading.check(job.config.family, job.spec, configs, job.config.loss)
-    if is_local:
+    if is_local and (conversion is None or conversion.is_made):
         loading.check_weight_files(configs, options.variant, job.spec)
     return configs
+
+
+def conversion_of(job: Job) -> Conversion | None:
+    """What is made of MODEL_NAME where that is a single file.
+
+    Raises:
+        WeightsError: it is a file that cannot be used.
+    """
+    options = job.config.model
+    name = options.pretrained_model_name_or_path
+    if not single_file.is_single_file(name):
+        return None
+    predicted = job.config.loss.prediction_type
+    return single_file.plan(Path(name), job.config.data.cache_dir, options.single_file_config, predicted)
+
+
+def source_of(job: Job) -> str:
+    """The hub id, or the folder, that weights are read from; of a single file a folder is made first, once.
+
+    Each process comes to it after the first one.
+
+    Raises:
+        WeightsError: it is a file that cannot be used.
+        DiskFull: the folder has no room.
+    """
+    conversion = conversion_of(job)
+    return str(single_file.make(conversion)) if conversion else job.config.model.pretrained_model_name_or_path
+
+
+def small_files_of(job: Job) -> str:
+    """The hub id, or the folder, with the model's small files; nothing is made of a single file.
+
+    Raises:
+        WeightsError: it is a file that cannot be used.
+    """
+    conversion = conversion_of(job)
+    if conversion is None:
+        return job.config.model.pretrained_model_name_or_path
+    return str(conversion.folder) if conversion.is_made else conversion.configs
 
 
 def prompts(config: Config) -> dict[str, str]:
@@ -218,7 +262,7 @@ def tell_memory(job: Job, architecture: Path | None, datasets: Sequence[Dataset]
     """Print what training will need; a real run only where there is a GPU to hold that against."""
     free = memory_report.free_on_gpu()
     if architecture is None:
-        print("The memory needed is not known: the model's architecture is on the hub, where a dry run does not look.")
+        print("The memory needed is not known: the model's architecture is not at hand, and a dry run fetches nothing.")
     elif free is not None or job.config.run.dry_run:
         targets = {plan.target for dataset in datasets for plans in dataset.plans for plan in plans}
         largest = max(targets, key=lambda size: size.width * size.height)
@@ -241,7 +285,7 @@ def tell_space(
     for line in space.describe(needs) if job.config.run.dry_run else space.shortages(needs):
         print(line)
     if architecture is None:
-        print("What checkpoints take is not known: the model's architecture is on the hub.")
+        print("What checkpoints take is not known: the model's architecture is not at hand.")
 
 
 def tell_changes(job: Job, checkpoint: Path, processes: int, data: Mapping[str, str]) -> None:

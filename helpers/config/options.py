@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 from pydantic.fields import FieldInfo
 
-from helpers.config.families import FLAVOURS, MODEL_TYPES, Family
+from helpers.config.families import FLAVOURS, MODEL_TYPES, Family, local_or_hub
 from helpers.config.paths import from_root
 from helpers.files import CONTROLS
 from helpers.sizes import Size, parse_sizes
@@ -73,6 +73,10 @@ def _possible_path(value: str) -> str:
     return value
 
 
+def _folder_or_hub(value: str) -> str:
+    return local_or_hub(_possible_path(value))
+
+
 def _whole_if_integral(value: float) -> float:
     """64.0 becomes 64, so that sizes computed from it are whole numbers and print as such."""
     return int(value) if float(value).is_integer() else value
@@ -116,6 +120,7 @@ Switch = Annotated[bool, BeforeValidator(parse_switch)]
 Text = Annotated[str, AfterValidator(_plain_text)]
 FolderName = Annotated[Text, AfterValidator(folder_name)]
 ModelName = Annotated[Text, AfterValidator(_possible_path)]
+FolderOrHub = Annotated[Text, AfterValidator(_folder_or_hub)]
 Whole = Annotated[int, BeforeValidator(_not_a_switch), AfterValidator(_within_reach)]
 Real = Annotated[float, BeforeValidator(_not_a_switch), Field(allow_inf_nan=False), AfterValidator(_within_reach)]
 Extent = Annotated[Real, AfterValidator(_whole_if_integral)]
@@ -194,6 +199,10 @@ class ModelOptions(Group):
         default_words="the flavour's hub id")
     revision: Text | None = option(export="MODEL_REVISION", help="Branch, tag or commit of the hub's repository.")
     variant: FolderName | None = option(export="MODEL_VARIANT", help="Variant of the weight files, such as fp16.")
+    single_file_config: FolderOrHub | None = option(
+        export="MODEL_CONFIG", default_words="a hub id that fits the file",
+        help="Of a model in one .safetensors file: the pipeline, a hub id or a local folder in the diffusers layout,"
+             " whose small files (configurations, tokenizer) it is read with.")
 
 
 class DataOptions(Group):

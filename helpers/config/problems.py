@@ -15,7 +15,6 @@ from pydantic.fields import FieldInfo
 from helpers.files import on_one_line
 from helpers.sizes import Size
 
-
 LONGEST_SHOWN = 400
 """How many letters of a value messages show."""
 

@@ -24,7 +24,7 @@ class Origin:
     """What is trained on, and what sampling must do as the training did.
 
     Attributes:
-        base_model: a hub id, or the name of a local folder; never a path.
+        base_model: a hub id, or the name of a local folder or file; never a path.
         family: the key of a `config.families.Family`, which tells the stage.
         pipeline: the class of diffusers that samples it.
         variance_type: that of the scheduler to sample with: a predicted variance is of use only where it was trained.
@@ -78,7 +78,7 @@ def origin_of(name: str, family: str, spec: Spec, folder: Path, loss: LossSettin
     """The origin of what is trained on the weights in `folder`.
 
     Args:
-        name: as the user gave it: a hub id or a folder's path.
+        name: as the user gave it: a hub id, or the path of a folder or a file.
         loss: what is trained; a variance only where the UNet predicts one.
     """
     predicted = UNet2DConditionModel.load_config(folder / "unet")["out_channels"] == 2 * spec.space.channels
@@ -86,7 +86,7 @@ def origin_of(name: str, family: str, spec: Spec, folder: Path, loss: LossSettin
     # The base's, where nothing changes it.
     fixed = "fixed_small" if predicted or (own and own.startswith("learned")) else own
     return Origin(
-        base_model=Path(name).name if Path(name).is_dir() else name,
+        base_model=Path(name).name if Path(name).exists() else name,
         family=family,
         pipeline=spec.pipeline,
         prediction_type=prediction_type_of(folder),

@@ -29,10 +29,23 @@ def fingerprint_files(folder: Path, patterns: tuple[str, ...] = ("*",)) -> str:
     digest = hashlib.sha256()
     fitting = {path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()}
     for path in sorted(fitting):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for start in sorted({size * i // SAMPLES for i in range(SAMPLES)}):
-                file.seek(start)
-                digest.update(file.read(SAMPLE_BYTES))
+        digest.update(f"{path.relative_to(folder)}\0".encode())
+        _add(digest, path)
     return digest.hexdigest()
+
+
+def fingerprint_file(path: Path) -> str:
+    """A hash of one file in the same way, whatever its name is."""
+    digest = hashlib.sha256()
+    _add(digest, path)
+    return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, path: Path) -> None:
+    """Add a file's size, and the samples of its bytes, to a hash."""
+    size = path.stat().st_size
+    digest.update(f"{size}\0".encode())
+    with path.open("rb") as file:
+        for start in sorted({size * i // SAMPLES for i in range(SAMPLES)}):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))

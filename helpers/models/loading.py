@@ -218,15 +218,19 @@ def check_weight_files(folder: Path, variant: str | None, spec: Spec) -> None:
                 " (--variant) to the variant that is there; weights in pickled files (.bin) must be converted first."
             )
         for path in files:
-            if path.stat().st_size < SMALLEST_WEIGHTS and path.read_bytes().startswith(b"version https://git-lfs"):
-                raise WeightsError(f"{OPTION}: {path} is a placeholder of git LFS: run `git lfs pull` in {folder}.")
-            _require_safetensors(path)
+            require_safetensors(path)
         for index in sorted((folder / stem).parent.glob("*.index*.json")):
             _require_own_shards(index)
 
 
-def _require_safetensors(path: Path) -> None:
-    """See that a file is what its name says, by its header: it may be cut short, or a pickle."""
+def require_safetensors(path: Path) -> None:
+    """See that a file is what its name says, by its header: it may be cut short, or a pickle.
+
+    Raises:
+        WeightsError: it is not, or it is the placeholder that git leaves where its large files were not fetched.
+    """
+    if path.stat().st_size < SMALLEST_WEIGHTS and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise WeightsError(f"{OPTION}: {path} is a placeholder of git LFS: run `git lfs pull` in {path.parent}.")
     try:
         with safe_open(path, framework="pt"):
             pass

@@ -15,9 +15,10 @@ _LIKE = {
     "2.0-base": "stable-diffusion-2-base", "2.1-base": "stable-diffusion-2-base",
     "2.0": "stable-diffusion-2", "2.1": "stable-diffusion-2",
 }  # fmt: skip
-LIKE: Mapping[str, str] = MappingProxyType({
-    STABLE_DIFFUSION.flavours[flavour]: name for flavour, name in _LIKE.items()
-})
+LIKE: Mapping[str, str] = MappingProxyType(
+    {hub_id: _LIKE[flavour] for flavour, hub_id in STABLE_DIFFUSION.flavours.items()}
+    | {hub_id: _LIKE[flavour] for hub_id, flavour in STABLE_DIFFUSION.former_names.items()}
+)
 """Models of several names and one architecture."""
 
 

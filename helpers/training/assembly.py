@@ -42,6 +42,7 @@ IDENTITY: Mapping[str, str] = MappingProxyType({
     "pretrained_model_name_or_path": _BASE,
     "revision": _BASE,
     "variant": _BASE,
+    "single_file_config": _BASE,
     "lora_rank": _SHAPES,
     "lora_rank_pattern": _SHAPES,
     "lora_alpha": "the saved weights were learned at that scale",

