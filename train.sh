@@ -15,7 +15,8 @@ usage() {
 Two ways to start training:
   cp sd2x-env.sh.example sd2x-env.sh         edit its exports, then run ./train.sh
   cp config.json.example config.json         edit its keys, then run ./train.sh --config config.json
-Both need a dataset: cp multidatabackend_deepfloyd.json.example multidatabackend_deepfloyd.json, and edit that.
+Both need a dataset: cp multidatabackend_deepfloyd.json.example multidatabackend_deepfloyd.json, and edit that
+(for Stable Diffusion multidatabackend_sd2x.json.example).
 To see it work first: ./train.sh --demo. All options: ./train.sh --help, or OPTIONS.md.
 END
 }

@@ -31,7 +31,7 @@ from PIL import Image
 from benchmarks.machine import ROOT, write_result
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache, pixel_key
-from helpers.data.collate import Buffer, Collator, Source
+from helpers.data.collate import Buffer, CachedPixels, Collator, Source
 from helpers.data.dataset import Dataset, plan_images
 from helpers.data.preparation import prepare_captions
 from helpers.data.sampler import Sampler
@@ -73,7 +73,7 @@ def photos(folder: Path, per_round: int, size: Size) -> dict[str, object]:
     for number in range(ROUNDS):
         source = folder / str(number)
         source.mkdir(parents=True)
-        paths = [_write_photo(source / f"{i}.jpg", size, number * per_round + i) for i in range(per_round)]
+        paths = [write_photo(source / f"{i}.jpg", size, number * per_round + i) for i in range(per_round)]
         for name, (rules, method) in PREPARATIONS.items():
             cache = folder / f"{number} {name}"
             plain[name].append(_rate(lambda: [_plain_sample(path, rules) for path in paths], per_round))
@@ -86,7 +86,7 @@ def photos(folder: Path, per_round: int, size: Size) -> dict[str, object]:
 def cached(store: _Store, seconds: float) -> dict[str, object]:
     """Samples per second from the sampler to collated batches: random crops, captions drawn, 10 % dropped."""
     sampler = Sampler([store.dataset], BATCH, seed=42, caption_dropout_probability=0.1)
-    collate = Collator({store.dataset.id: Source(store.pixels, store.embeds, "stepwise")}, store.prepared)
+    collate = Collator({store.dataset.id: Source(CachedPixels(store.pixels, "stepwise"), store.embeds)}, store.prepared)
     stream = ((position, collate(plan)) for position, plan in sampler.batches())
     rates = [_repeated(lambda: next(stream), BATCH, seconds) for _ in range(ROUNDS)]
     facts = {"samples": len(store.dataset.records), "embeds": f"{TOKENS}x{store.width} bfloat16", "batch": BATCH}
@@ -170,7 +170,7 @@ def _our_samples(source: Path, cache: Path, rules: Rules, method: str) -> None:
             pixels.read_into(pixel_key(use.record.content, use.plan.intermediate, method), sample, left, top)
 
 
-def _write_photo(path: Path, size: Size, seed: int) -> Path:
+def write_photo(path: Path, size: Size, seed: int) -> Path:
     """A picture with detail at every scale, as photographs have it: 12 megapixels make a file of 3 MB."""
     draw = np.random.default_rng(seed)
     picture = np.zeros((size.height, size.width, 3), np.float32)

@@ -3,8 +3,10 @@
 
     python -m benchmarks.gpu_train [--only NAME ...] [--steps 30] [--batch N] [--full_size] [--output FILE]
 
-Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs. `--only` takes names of
-cases, such as "I-M lora b4" or "I-M*"; what was measured before on the same machine and commit stays in the file.
+Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs; cases called mixed keep
+what is trained in float32, and compute in bf16. DeepFloyd IF I-M, I-XL and II-M, and Stable Diffusion 1.5 at 512 px and
+2.1 at 768 px, whose images are in their cache already, as latents. `--only` takes names of cases, such as "I-M lora b4"
+or "SD-*"; what was measured before on the same machine and commit stays in the file.
 Without a GPU the architectures are shrunk, for trying the script anywhere, and no peak is told, which PyTorch does not
 know of a CPU; `--full_size` takes them as they are. Beside each peak stands what `--dry_run` estimates for it. The
 documents' figure for the first case is 22-24 GB.
@@ -25,12 +27,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DConditionModel
 
 from benchmarks.machine import ROOT, describe_machine, keep_result
 from benchmarks.step_overhead import our_loop
 from benchmarks.synthetic import create_run, random_batch, random_parts
+from helpers.config.families import STABLE_DIFFUSION
 from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.families import SPECS
 from helpers.models.full import Full
 from helpers.models.gradient_checkpointing import checkpoint_everything
 from helpers.models.lora import LoRA
@@ -40,7 +45,8 @@ from helpers.training.loop import Run
 from helpers.training.memory import Setup, estimate
 
 RANK, WARM_UP, OPTIMIZER = 32, 5, "adamw_bf16"
-FAMILIES = {"I": "deepfloyd-i", "II": "deepfloyd-ii"}
+FAMILIES = {"I": "deepfloyd-i", "II": "deepfloyd-ii", "SD": "sd"}
+PREDICTIONS = {"SD-2.1": "v_prediction"}
 DTYPE = torch.bfloat16
 
 
@@ -49,9 +55,10 @@ class Case:
     """One configuration.
 
     Attributes:
-        model: such as "I-M".
+        model: such as "I-M" or "SD-1.5".
         training: "lora" or "full".
         mode: of torch.compile; None: not compiled.
+        mixed: whether what is trained is float32; else all is bfloat16.
     """
 
     model: str
@@ -59,16 +66,27 @@ class Case:
     batch: int
     checkpointing: bool = False
     mode: str | None = None
+    mixed: bool = False
 
     @property
     def name(self) -> str:
-        words = [self.model, self.training, f"b{self.batch}", "checkpointed" if self.checkpointing else ""]
+        words = [self.model, self.training, f"b{self.batch}", "mixed" if self.mixed else ""]
+        words += ["checkpointed" if self.checkpointing else ""]
         words += [{None: "", "default": "compiled"}.get(self.mode, f"compiled for {self.mode}")]
         return " ".join(filter(None, words))
 
     @property
     def family(self) -> str:
         return FAMILIES[self.model.partition("-")[0]]
+
+    @property
+    def hub_id(self) -> str:
+        kind, _, flavour = self.model.partition("-")
+        return STABLE_DIFFUSION.flavours[flavour] if kind == "SD" else f"DeepFloyd/IF-{self.model}-v1.0"
+
+    @property
+    def trained(self) -> torch.dtype:
+        return torch.float32 if self.mixed else DTYPE
 
     @property
     def adapter(self) -> Adapter:
@@ -88,11 +106,22 @@ CASES = [
     Case("I-XL", "lora", 4),
     Case("I-XL", "lora", 4, checkpointing=True),
 ]
+CASES += [
+    case
+    for model in ("SD-1.5", "SD-2.1")
+    for case in (
+        Case(model, "lora", 4),
+        Case(model, "lora", 4, mixed=True),
+        Case(model, "lora", 4, checkpointing=True),
+        Case(model, "lora", 4, mode="default"),
+        Case(model, "full", 4, checkpointing=True),
+    )
+]
 
 
 def measure(case: Case, steps: int, batch: int, full_size: bool, backend: str) -> dict[str, Any]:
     """What one case is estimated to take, and what it took: see `_measured`."""
-    config = UNet2DConditionModel.load_config(architecture(f"DeepFloyd/IF-{case.model}-v1.0"))
+    config = UNet2DConditionModel.load_config(architecture(case.hub_id))
     config = config if full_size else shrunk(config)
     row = {"batch": batch, "estimated_gb": estimated_gb(case, config, batch)}
     try:
@@ -103,12 +132,13 @@ def measure(case: Case, steps: int, batch: int, full_size: bool, backend: str) -
 
 def _measured(case: Case, config: dict[str, Any], steps: int, batch: int, backend: str) -> dict[str, Any]:
     """Seconds a step and samples a second; on a GPU also the peak of the memory, in 1e9 bytes."""
-    accelerator = Accelerator()
+    AcceleratorState._reset_state(True)  # accelerate keeps the precision of the case before, and refuses another
+    accelerator = Accelerator(mixed_precision="bf16" if case.mixed else "no")
     on_gpu = accelerator.device.type == "cuda"
     _forget(on_gpu)
     torch.manual_seed(0)
-    parts = random_parts(case.family, config, DTYPE, accelerator.device)
-    run = create_run(parts, case.adapter, DTYPE, OPTIMIZER, accelerator)
+    parts = random_parts(case.family, config, DTYPE, accelerator.device, PREDICTIONS.get(case.model, "epsilon"))
+    run = create_run(parts, case.adapter, case.trained, OPTIMIZER, accelerator)
     if case.checkpointing:
         checkpoint_everything(parts.unet)
     if case.mode:
@@ -130,19 +160,18 @@ def _measured(case: Case, config: dict[str, Any], steps: int, batch: int, backen
 
 def shrunk(config: dict[str, Any]) -> dict[str, Any]:
     """The same blocks, with one layer each and a sixteenth of the widths."""
-    widths = [width // 16 for width in config["block_out_channels"]]
-    return {
-        **config,
+    smaller = {
         "sample_size": config["sample_size"] // 2,
-        "block_out_channels": widths,
+        "block_out_channels": [width // 16 for width in config["block_out_channels"]],
         "layers_per_block": 1,
         "attention_head_dim": 4,
         "norm_num_groups": 4,
         "cross_attention_dim": 32,
         "encoder_hid_dim": 32,
         "addition_embed_type_num_heads": 4,
-        "time_embedding_dim": config["time_embedding_dim"] and 32,
+        "time_embedding_dim": 32,
     }
+    return config | {name: value for name, value in smaller.items() if config.get(name)}
 
 
 def estimated_gb(case: Case, config: dict[str, Any], batch: int) -> float:
@@ -155,14 +184,15 @@ def estimated_gb(case: Case, config: dict[str, Any], batch: int) -> float:
             architecture=path,
             adapter=case.adapter,
             weights=DTYPE,
-            trained=DTYPE,
-            autocast=False,
+            trained=case.trained,
+            autocast=case.mixed,
             optimizer=OPTIMIZER,
             ema=False,
             checkpointing=case.checkpointing,
             batch_size=batch,
             size=Size(edge, edge),
             tokens=77,
+            channels=SPECS[case.family].space.channels,
         )
         return estimate(setup).peak / 1e9
 
@@ -208,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         row = measure(case, options.steps, options.batch or case.batch, options.full_size, options.backend)
         rows[case.name] = {**row, "shrunk": not options.full_size, "steps": options.steps}
         print(case.name, json.dumps(rows[case.name]), flush=True)
-        result = keep_result(options.output, {"rank": RANK, "precision": "pure bf16", "cases": rows})
+        result = keep_result(options.output, {"rank": RANK, "precision": "pure bf16 where not mixed", "cases": rows})
     return result
 
 

@@ -17,24 +17,33 @@ from helpers.models.adapters import Adapter, trainable_parameters
 from helpers.models.families import SPECS
 from helpers.models.parts import Parts, put_together
 from helpers.models.published import ARCHITECTURES
+from helpers.models.spaces import Latents
 from helpers.training.loop import Run
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
 from helpers.training.schedules import LearningRate
 
-# The files with the noise's schedules: of x, and of what joins it.
+# The noise's schedules, of x and of what joins it: files, or what a scheduler is told.
 SCHEDULERS = {
     "deepfloyd-i": ("stage1_scheduler.json", None),
     "deepfloyd-ii": ("stage2_scheduler.json", "stage2_image_noising_scheduler.json"),
+    "sd": ({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}, None),
 }
 ADAM = AdamSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.01)
 LEARNING_RATE = 1e-5
 
 
-def random_parts(family: str, config: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Parts:
+def random_parts(
+    family: str,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    prediction_type: str = "epsilon",
+) -> Parts:
     """A model of a family, a key of `SPECS`, with random weights, made on the device in its dtype.
 
     Args:
         config: that of its UNet, as the file of this name has it.
+        prediction_type: see `put_together`.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -44,17 +53,27 @@ def random_parts(family: str, config: Mapping[str, Any], dtype: torch.dtype, dev
     finally:
         torch.set_default_dtype(default)
     schedule, low_res_schedule = (name and _schedule(name) for name in SCHEDULERS[family])
-    return put_together(SPECS[family], unet, schedule, low_res_schedule).to(device)
+    parts = put_together(SPECS[family], unet, schedule, low_res_schedule, prediction_type=prediction_type)
+    return parts.to(device)
 
 
-def _schedule(name: str) -> Schedule:
-    return schedule_from_betas(DDPMScheduler.from_config(DDPMScheduler.load_config(ARCHITECTURES / name)).betas)
+def _schedule(told: str | Mapping[str, Any]) -> Schedule:
+    config = DDPMScheduler.load_config(ARCHITECTURES / told) if isinstance(told, str) else told
+    return schedule_from_betas(DDPMScheduler.from_config(config).betas)
 
 
 def random_batch(parts: Parts, size: int, device: torch.device) -> Batch:
-    """`size` random images at the UNet's own resolution, with random text embeddings; a batch on the device."""
-    edge, width = parts.unet.config.sample_size, parts.unet.config.encoder_hid_dim
-    images = torch.randint(256, (size, edge, edge, 3), dtype=torch.uint8, device=device)
+    """`size` random images at the UNet's own resolution, with random text embeddings; a batch on the device.
+
+    Of a model of latents it is what its cache would hold of images: means of a variance of 1, and small deviations.
+    """
+    config, space = parts.unet.config, parts.spec.space
+    edge, width = config.sample_size, config.encoder_hid_dim or config.cross_attention_dim
+    if isinstance(space, Latents):
+        mean = torch.randn(size, space.channels, edge, edge, device=device)
+        images = torch.cat([mean, torch.full_like(mean, 0.1)], dim=1).half()
+    else:
+        images = torch.randint(256, (size, edge, edge, space.channels), dtype=torch.uint8, device=device)
     embeds = torch.randn(size, parts.spec.text.length, width, device=device).bfloat16()
     return Batch(images, embeds, (None,) * size)
 

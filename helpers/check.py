@@ -30,7 +30,12 @@ def check(resolved: Resolved, backends: Backends, processes: Processes) -> int:
     require_writable(job)
     config, spec = job.config, job.spec
     family, smallest = config.family, smallest_edge(config)
-    audited = [audit_images(entry, family.alignment, not family.upscales, smallest) for entry in backends.images]
+    audited = [
+        audit_images(
+            entry, family.alignment, not family.upscales, smallest, spec.space, backends.conditioning_of(entry)
+        )
+        for entry in backends.images
+    ]
     captions = [caption for one in audited for caption in one.dataset.captions()]
     prepared = preparation.prepare_captions(spec.text, captions)
     name, revision = small_files_of(job), config.model.revision

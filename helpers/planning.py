@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from helpers.config.backends import Backends
 from helpers.config.checks import schedule_problems, smallest_edge
 from helpers.config.load import Resolved, as_json, read_prompt_library
-from helpers.config.options import Config
+from helpers.config.options import ROWS, Config
 from helpers.config.problems import ConfigError
 from helpers.data import preparation
 from helpers.data.dataset import Dataset
@@ -90,6 +90,7 @@ class Plan:
 def job_of(resolved: Resolved, backends: Backends, processes: Processes) -> Job:
     config = assembly.with_usable_attention(resolved.config)
     spec, adapter = SPECS[config.family.key], assembly.adapter_of(config)
+    spec = spec.with_controlnet if config.training.controlnet else spec
     return Job(config, as_json(resolved), backends, spec, adapter, prompts(config), processes)
 
 
@@ -149,7 +150,7 @@ def choose_checkpoint(job: Job) -> Path | None:
 def require_writable(job: Job) -> None:
     """See that results and caches can be written, without making a folder yet."""
     folders = {"--output_dir (export OUTPUT_DIR)": job.config.run.output_dir}
-    for entry in (*job.backends.images, *job.backends.text_embeds):
+    for entry in (*job.backends.images, *job.backends.conditioning, *job.backends.text_embeds):
         folders[f"--cache_dir (export CACHE_DIR), or the cache folder of entry {entry.id!r}"] = entry.cache_dir
     problems = []
     for option, folder in folders.items():
@@ -184,7 +185,18 @@ def check_model(job: Job) -> Path | None:
     loading.check(job.config.family, job.spec, configs, job.config.loss)
     if is_local and (conversion is None or conversion.is_made):
         loading.check_weight_files(configs, options.variant, job.spec)
+    tell_size(job, configs)
     return configs
+
+
+def tell_size(job: Job, configs: Path) -> None:
+    """Say so where a model is trained at another size than it was made for: a single file does not tell its own."""
+    data, edge = job.config.data, loading.trained_edge(job.spec, configs)
+    if edge and data.resolution_type == "pixel" and data.resolution != edge and job.processes.is_first:
+        print(
+            f"{ROWS['resolution'].label}: the weights were trained at {edge} pixels, and are trained at"
+            f" {data.resolution:g} here."
+        )
 
 
 def conversion_of(job: Job) -> Conversion | None:
@@ -227,8 +239,8 @@ def small_files_of(job: Job) -> str:
 
 
 def prompts(config: Config) -> dict[str, str]:
-    """What is drawn at each validation, by name; nothing where images are upscaled instead."""
-    if config.family.upscales:
+    """What is drawn at each validation, by name; nothing where eval images are shown instead."""
+    if config.shows_eval_images:
         return {}
     library = config.validation.validation_prompt_library
     return named_prompts(config.validation.validation_prompt, read_prompt_library(library) if library else {})
@@ -239,7 +251,12 @@ def plan_data(job: Job) -> tuple[list[Dataset], dict[str, str]]:
     family, datasets = job.config.family, []
     for backend in job.backends.images:
         dataset, notes = preparation.scan_and_plan(
-            backend, family.alignment, enlarge=not family.upscales, smallest=smallest_edge(job.config)
+            backend,
+            family.alignment,
+            enlarge=not family.upscales,
+            smallest=smallest_edge(job.config),
+            crops_once=job.spec.space.crops_once,
+            conditioning=job.backends.conditioning_of(backend),
         )
         datasets.append(dataset)
         for note in notes:
@@ -277,7 +294,8 @@ def tell_space(
     Raises:
         DiskFull: not even one checkpoint has room.
     """
-    needs = space.cache_needs(job.backends, datasets, prepared, space.embed_size(job.spec.text, architecture))
+    embed_size = 0 if job.config.lora.train_text_encoder else space.embed_size(job.spec.text, architecture)
+    needs = space.cache_needs(job.backends, datasets, prepared, job.spec.space, embed_size)
     if architecture:
         saved = space.saved_sizes(job.config, job.spec, architecture)
         space.require_one_checkpoint(job.config.run.output_dir, saved)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from tqdm import tqdm
 
 from helpers import planning
 from helpers.caching.embeds import NonFiniteEmbedding
-from helpers.caching.pixels import PixelCache
+from helpers.caching.latents import NonFiniteLatent
 from helpers.caching.store import DamagedShard
-from helpers.config.backends import Backends
+from helpers.config.backends import Backends, ImageBackend
 from helpers.config.load import Resolved
 from helpers.config.options import ROWS
 from helpers.config.problems import ConfigError
 from helpers.data import preparation
-from helpers.data.collate import Batch, Collator
+from helpers.data.collate import Batch, CachedMoments, CachedPixels, Collator
 from helpers.data.dataset import Dataset
 from helpers.data.preparation import NULL_CAPTION, TextCaches
 from helpers.data.sampler import Position
@@ -46,7 +47,7 @@ from helpers.training.loop import Every, Run, require_finite
 from helpers.training.requests import Requests, resume_command
 from helpers.validation.render import Validation
 
-REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError, NonFiniteEmbedding, DamagedShard)
+REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError, NonFiniteEmbedding, NonFiniteLatent, DamagedShard)
 """What the user's input can be wrong in: each says in words what to change."""
 
 REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")
@@ -79,10 +80,10 @@ def train(resolved: Resolved, backends: Backends, requests: Requests, processes:
 def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     job, processes = plan.job, plan.job.processes
     name, variant = job.config.model.pretrained_model_name_or_path, job.config.model.variant
-    datasets, pixels = _cache_pixels(job, plan.datasets)
-    with processes.first_before_others():
-        model = loading.fetch_weights(planning.source_of(job), job.config.model.revision, variant, job.spec)
-    loading.check_weight_files(model, variant, job.spec)
+    accelerator = assembly.create_accelerator(job.config)
+    fetched = cache(lambda: _fetch(job))
+    datasets, images, controls = _cache_images(job, plan.datasets, fetched, accelerator.device)
+    model = fetched()
     base = fingerprint_unet(model, variant)
     if plan.checkpoint:
         checkpoints.require_base(plan.checkpoint, base)
@@ -91,15 +92,14 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     sampler = job.sampler(datasets)
     ending = job.ending(sampler)
     processes.first_does(lambda: _open_output(job))
-    accelerator = assembly.create_accelerator(job.config)
     texts = _cache_texts(job, datasets, plan.prepared, model, accelerator)
     run = assembly.create_run(job.config, job.spec, model, job.adapter, accelerator, ending.steps, processes)
     run.requests = requests
     if plan.checkpoint:
         _resume(run, job, plan.checkpoint, ending)
     assembly.start_tracker(accelerator, job.config, job.options["options"])
-    validation = validation_of(job, texts, model, datasets) if processes.is_first else None
-    collator = _collator(job, texts, pixels, pin_memory=accelerator.device.type == "cuda")
+    validation = validation_of(job, run.parts.denoiser, texts, model, datasets) if processes.is_first else None
+    collator = _collator(job, texts, images, controls, pin_memory=accelerator.device.type == "cuda")
     parts = ((after, batch.part(processes)) for after, batch in sampler.batches(run.position))
     return _train_and_export(run, job, model, validation, collator.stream(parts), plan.data)
 
@@ -117,6 +117,8 @@ def _cache_texts(
     job: Job, datasets: Sequence[Dataset], prepared: Mapping[str, str], model: Path, accelerator: Accelerator
 ) -> TextCaches:
     config = job.config
+    if config.lora.train_text_encoder:
+        return preparation.tokenized_texts(job.spec.text, model, job.backends, prepared)
     texts = preparation.open_text_caches(job.spec.text, model, job.backends, prepared, config.model.variant)
     wanted = {cache_id: [NULL_CAPTION] for cache_id in texts.by_id}
     for backend, dataset in zip(job.backends.images, datasets):
@@ -132,13 +134,32 @@ def _cache_texts(
     return texts
 
 
-def _cache_pixels(job: Job, datasets: Sequence[Dataset]) -> tuple[list[Dataset], list[PixelCache]]:
-    """The datasets without what could not be decoded, and the cache of each; what is left out is written down."""
-    cached = [
-        preparation.cache_pixels(dataset, backend, job.processes)
-        for dataset, backend in zip(datasets, job.backends.images)
-    ]
-    kept = [dataset for dataset, _ in cached]
+def _fetch(job: Job) -> Path:
+    """The folder with the model's weights, which one process downloads, or makes of a single file."""
+    options = job.config.model
+    with job.processes.first_before_others():
+        model = loading.fetch_weights(planning.source_of(job), options.revision, options.variant, job.spec)
+    loading.check_weight_files(model, options.variant, job.spec)
+    return model
+
+
+def _cache_images(
+    job: Job, datasets: Sequence[Dataset], fetched: Callable[[], Path], device: torch.device
+) -> tuple[list[Dataset], list[CachedPixels | CachedMoments], list[CachedPixels | None]]:
+    """The datasets without what could not be decoded, the cache of each and that of its conditioning images.
+
+    What is left out is written down.
+
+    Args:
+        fetched: the weights, which may have to be downloaded: asked for only where images are encoded by them.
+    """
+    pairs = zip(datasets, job.backends.images)
+    if job.spec.space.component:
+        cached = _cache_latents(job, pairs, fetched(), device)
+    else:
+        cached = [preparation.cache_pixels(dataset, backend, job.processes) for dataset, backend in pairs]
+    controlled = [_cache_controls(job, *pair) for pair in zip((dataset for dataset, _ in cached), job.backends.images)]
+    kept = [dataset for dataset, _ in controlled]
     for before, after in zip(datasets, kept):
         if len(after.records) < len(before.records):
             lost = len(before.records) - len(after.records)
@@ -147,12 +168,40 @@ def _cache_pixels(job: Job, datasets: Sequence[Dataset]) -> tuple[list[Dataset],
     # Already here: where no image of a dataset is left, the run ends before it opens its output.
     left_out = job.config.run.output_dir / "left_out.json"
     job.processes.first_does(lambda: write_left_out(left_out, {dataset.id: dataset.left_out for dataset in kept}))
-    return kept, [pixels for _, pixels in cached]
+    return kept, [images for _, images in cached], [controls for _, controls in controlled]
 
 
-def _collator(job: Job, texts: TextCaches, pixels: Sequence[PixelCache], pin_memory: bool) -> Collator:
+def _cache_controls(job: Job, dataset: Dataset, backend: ImageBackend) -> tuple[Dataset, CachedPixels | None]:
+    conditioning = job.backends.conditioning_of(backend)
+    if conditioning is None:
+        return dataset, None
+    return preparation.cache_controls(dataset, backend, conditioning, job.processes)
+
+
+def _cache_latents(
+    job: Job, pairs: Iterable[tuple[Dataset, ImageBackend]], model: Path, device: torch.device
+) -> list[tuple[Dataset, CachedMoments]]:
+    batch_size = job.config.data.vae_batch_size
+    vae = preparation.VAE(job.spec.space, model, device, job.config.model.variant)
+    try:
+        return [preparation.cache_latents(*pair, vae, batch_size, job.processes) for pair in pairs]
+    except torch.OutOfMemoryError as error:
+        words = f"found {batch_size}, at which the VAE does not fit on the GPU ({error}): type 1, or a lower RESOLUTION"
+        raise ConfigError([f"{ROWS['vae_batch_size'].label}: {words}"]) from error
+    finally:
+        vae.close()
+
+
+def _collator(
+    job: Job,
+    texts: TextCaches,
+    images: Sequence[CachedPixels | CachedMoments],
+    controls: Sequence[CachedPixels | None],
+    pin_memory: bool,
+) -> Collator:
     sources = {
-        backend.id: preparation.source_of(backend, cache, texts) for backend, cache in zip(job.backends.images, pixels)
+        backend.id: preparation.source_of(backend, own, texts, control)
+        for backend, own, control in zip(job.backends.images, images, controls)
     }
     return Collator(sources, texts.prepared, pin_memory=pin_memory)
 

@@ -1,4 +1,4 @@
-"""A tiny real cascade, a folder of real image files, and the trainer run in this process."""
+"""A tiny real cascade, a tiny Stable Diffusion, a folder of real image files, and the trainer run in this process."""
 
 from __future__ import annotations
 
@@ -51,6 +51,18 @@ def tiny_stage2(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("stage2")
     make(folder, stage=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory) -> Path:
+    """An untrained Stable Diffusion 1.x, but for the demo's trained VAE: its latents are as those of a real one."""
+    from examples.demo.make_sd import make
+
+    folder = tmp_path_factory.mktemp("sd")
+    make(folder)
+    demo = Path(__file__).resolve().parents[1] / "examples" / "demo"
+    shutil.copytree(demo / "sd" / "vae", folder / "vae", dirs_exist_ok=True)
     return folder
 
 

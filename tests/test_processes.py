@@ -49,6 +49,10 @@ FULL = {
 }
 DROPOUT = {"lora_dropout": 0.3, "lr_scheduler": "constant"}
 STAGE_2 = {"model_type": "deepfloyd-stage2-lora", "resolution": 64, "validation_resolution": 64, "max_train_steps": 3}
+LATENTS = {
+    "model_type": "lora", "resolution": 64, "validation_resolution": 64, "max_train_steps": 3, "vae_batch_size": 2
+}
+KINDS = ("", "full", "stage 2", "latents")
 # The processes, the flags beside FLAGS, and which step is spoilt, of each run. Those of one `output` go on from each other.
 RUNS: dict[str, tuple[int, dict[str, object], int | str | None]] = {
     "one": (1, ONE, None),
@@ -58,6 +62,8 @@ RUNS: dict[str, tuple[int, dict[str, object], int | str | None]] = {
     "full two": (2, FULL, None),
     "stage 2 one": (1, STAGE_2 | ONE, None),
     "stage 2 two": (2, STAGE_2, None),
+    "latents one": (1, LATENTS | ONE, None),
+    "latents two": (2, LATENTS, None),
     "dropout": (2, DROPOUT, None),
     "dropout begun": (2, DROPOUT | {"max_train_steps": 4, "output": "resumed"}, None),
     "dropout resumed": (2, DROPOUT | {"output": "resumed"}, None),
@@ -104,12 +110,12 @@ def images(tmp_path_factory, photos) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, smaller_model, tiny_stage2, images) -> Mapping[str, Result]:
+def results(tmp_path_factory, smaller_model, tiny_stage2, tiny_sd, images) -> Mapping[str, Result]:
     """All of RUNS, run once."""
     root = tmp_path_factory.mktemp("runs")
     runs, outputs = [], {}
     for name, (count, flags, spoil) in RUNS.items():
-        model = tiny_stage2 if "stage2" in str(flags.get("model_type")) else smaller_model
+        model = {"deepfloyd-stage2-lora": tiny_stage2, "lora": tiny_sd}.get(flags.get("model_type"), smaller_model)
         folder = root / name.replace(" ", "-")
         outputs[name] = root / "outputs" / str(flags.get("output", name)).replace(" ", "-")
         values = FLAGS | {"pretrained_model_name_or_path": model, "data_backend_config": images} | flags
@@ -137,7 +143,7 @@ def test_all_of_them_finish_with_the_same_weights(results, name):
     assert len({seen.generator for seen in result.ranks}) == 1
 
 
-@pytest.mark.parametrize("one, two", [("one", "two"), ("full one", "full two"), ("stage 2 one", "stage 2 two")])
+@pytest.mark.parametrize("one, two", [(f"{kind} one".strip(), f"{kind} two".strip()) for kind in KINDS])
 def test_the_loss_curve_and_the_weights_are_those_of_one_process_with_the_same_global_batch(results, one, two):
     single, double = results[one], results[two]
     assert [sorted(uses) for uses in double.uses()] == [sorted(uses) for uses in single.uses()]

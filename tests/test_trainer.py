@@ -642,13 +642,13 @@ def test_negative_prompt_and_guidance_change_the_picture(trainer, tmp_path):
 def test_the_text_encoder_is_freed_before_the_unet_is_loaded(trainer, monkeypatch):
     encoders, load = [], loading.load
 
-    def remember(self: TextEncoder, *arguments: object) -> None:
-        original(self, *arguments)
+    def remember(self: TextEncoder, *arguments: object, **named: object) -> None:
+        original(self, *arguments, **named)
         encoders.append(weakref.ref(self.model))
 
-    def check(*arguments: object) -> object:
+    def check(*arguments: object, **named: object) -> object:
         assert encoders and all(encoder() is None for encoder in encoders)
-        return load(*arguments)
+        return load(*arguments, **named)
 
     original = TextEncoder.__init__
     monkeypatch.setattr(TextEncoder, "__init__", remember)

@@ -16,7 +16,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
-from examples.demo.draw import CAPTIONS, COLOURS, OUTLINES
+from examples.demo.vocabulary import ENGLISH, words
 
 TEXT_WIDTH = 64
 VOCABULARY = 512
@@ -74,23 +74,10 @@ SCHEDULERS = {1: SCHEDULER, 2: SCHEDULER | {"sample_max_value": 1.0}}
 NOISING = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2", "thresholding": False}
 """What noises IF stage II's low-resolution image."""
 
-ENGLISH = """
-the a an of on in at to and with is are photo picture drawing painting image small big large little dark
-light white black grey gray pink orange brown star heart house dog cat tree flower face person hand car table
-sky water wood paper old new one two three many bright soft my your his her its near under over behind front
-left right top bottom close up view style made from by for very sks token
-"""
-"""Words that a user's captions may hold, beside the demo's own."""
-
-
-def words() -> list[str]:
-    """The words that are one piece each, in sentencepiece's writing (with a mark for the space before)."""
-    captions = " ".join(CAPTIONS).format(colour=" ".join(COLOURS), shape=" ".join(OUTLINES))
-    return [f"\u2581{word}" for word in dict.fromkeys(f"{captions} {ENGLISH}".split())]
-
 
 def tokenizer(folder: Path) -> T5Tokenizer:
     """Train sentencepiece into `folder`; unknown words fall apart into letters."""
+    whole = [f"\u2581{word}" for word in words()]  # sentencepiece marks the space before a word
     # As good as no normalization, of which some versions of tokenizers cannot read the empty table.
     rules = folder / "rules.tsv"
     rules.write_text("3000\t20\n", "utf-8")  # an ideographic space is a space
@@ -100,7 +87,7 @@ def tokenizer(folder: Path) -> T5Tokenizer:
         vocab_size=VOCABULARY,
         hard_vocab_limit=False,
         normalization_rule_tsv=str(rules),
-        user_defined_symbols=words(),
+        user_defined_symbols=whole,
         required_chars=string.ascii_letters + string.digits + string.punctuation,
         pad_id=0,
         eos_id=1,

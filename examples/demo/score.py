@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import IFPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from PIL import Image, ImageFilter
 
@@ -117,7 +117,7 @@ def _box(thing: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def generate(
-    pipeline: IFPipeline, prompts: Sequence[str], steps: int, guidance: float, seed: int
+    pipeline: DiffusionPipeline, prompts: Sequence[str], steps: int, guidance: float, seed: int
 ) -> np.ndarray:
     """One picture per prompt, uint8 [N, H, W, 3]; the same arguments give the same pictures."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,11 +135,11 @@ def generate(
     return (np.concatenate(pictures) * 255).round().astype(np.uint8)
 
 
-def load_pipeline(model: Path, lora: Path | None) -> IFPipeline:
+def load_pipeline(model: Path, lora: Path | None) -> DiffusionPipeline:
     """The pipeline in a folder, with an adapter if one is given."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    pipeline = IFPipeline.from_pretrained(model, use_safetensors=True)
+    pipeline = DiffusionPipeline.from_pretrained(model, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         load_adapter(pipeline, lora)
@@ -169,7 +169,7 @@ def tally(things: Sequence[Thing], pictures: np.ndarray) -> Tally:
 
 
 def measure(
-    pipeline: IFPipeline, things: Sequence[Thing], samples: int, options: argparse.Namespace
+    pipeline: DiffusionPipeline, things: Sequence[Thing], samples: int, options: argparse.Namespace
 ) -> Tally:
     """Generate `samples` of every thing, print a line for each, and return the total."""
     wanted = [thing for thing in things for _ in range(samples)]

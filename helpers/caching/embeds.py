@@ -34,6 +34,8 @@ class EmbedCache:
     cleaning. Each fingerprint has its own folder inside `folder`, so that encoders sharing a cache_dir never mix.
     """
 
+    dtype = torch.bfloat16
+
     def __init__(self, folder: Path, fingerprint: Mapping[str, str]) -> None:
         self._recipe = {"kind": "text embeds", **fingerprint}
         name = hashlib.blake2b(json.dumps(self._recipe, sort_keys=True).encode(), digest_size=10).hexdigest()
@@ -98,7 +100,7 @@ class EmbedCache:
             tqdm.write(self.store.damage())
         tqdm.write(f"Text embeds: {self.plan(texts)}, in batches of {batch_size}")
         if cut := [text for text in wanted if lengths[text] > limit]:
-            tqdm.write(_cut(cut, lengths[cut[0]], limit))
+            tqdm.write(f"Text embeds: {cut_note(cut, lengths[cut[0]], limit)}")
         with self.store.writer() as writer, tqdm(total=len(wanted), desc="text embeds", unit="caption") as bar:
             for start in range(0, len(wanted), batch_size):
                 batch = wanted[start : start + batch_size]
@@ -164,16 +166,17 @@ def _add(writer: Writer, texts: Sequence[str], embeds: torch.Tensor) -> None:
     for text, row, is_finite in zip(texts, embeds, finite.tolist()):
         if not is_finite:
             raise NonFiniteEmbedding(
-                f"the text encoder returned inf or NaN for the caption {text!r}: T5 overflows in fp16, load it in "
-                "bf16 or fp32; if it was, its weights are damaged"
+                f"the text encoder returned inf or NaN for the caption {text!r}: its weights are damaged, or were once "
+                "rounded to fp16, which T5 overflows"
             )
         writer.add(text_key(text), row)
 
 
-def _cut(texts: Sequence[str], longest: int, limit: int) -> str:
+def cut_note(texts: Sequence[str], longest: int, limit: int) -> str:
+    """What to say of texts that have more tokens than are read, with some of them as examples."""
     examples = ", ".join(repr(shorten(text, EXAMPLE_LETTERS, placeholder=" ...")) for text in texts[:NAMED])
     return (
-        f"Text embeds: {len(texts):,} captions have more than the {limit} tokens that are read (the longest {longest}),"
+        f"{len(texts):,} captions have more than the {limit} tokens that are read (the longest {longest}),"
         f" and what comes after those is not learned: {examples}{', ...' if len(texts) > NAMED else ''}"
     )
 

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import PIL
-from tqdm import tqdm
 
-from helpers.caching.store import ShardStore, locked
-from helpers.files import content_hash, write_whole
-from helpers.images.loading import Unreadable, load
+from helpers.caching.images import ImageCache
 from helpers.sizes import Size
 
 _RECIPE = {"kind": "pixels", "version": "1"}  # raise the version when `load` gives other pixels than before
 
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
-
-
 class PixelJob(NamedTuple):
-    """An image to be cached: its file, the hash of its bytes, the size to bring it to, and how."""
+    """An image to be cached; see `images.Job`."""
 
     path: Path
     content: str
@@ -41,106 +27,11 @@ class PixelJob(NamedTuple):
         return pixel_key(self.content, self.size, self.method)
 
 
-class Changed(Unreadable):
-    """A file that is no longer the one that was found: to cache it under the old content's key would be wrong."""
-
-    def __init__(self) -> None:
-        super().__init__("was changed while the images were read: it is used from the next start on")
-
-
-class PixelCache:
-    """Decoded images by content, size and method: renamed or duplicated files are decoded once.
-
-    Images that cannot be decoded are remembered with the reason, so that each run leaves out the same ones without
-    trying again; they are tried again under another version of Pillow, which may read more.
-    """
+class PixelCache(ImageCache):
+    """Decoded images by content, size and method."""
 
     def __init__(self, folder: Path) -> None:
-        self.store = ShardStore(folder, _RECIPE)
-        self._failures_path = folder / "failures.json"
-        self._failures = _read_failures(self._failures_path)
-        self._made_path = folder / "made.jsonl"
-
-    def missing(self, jobs: Iterable[PixelJob]) -> list[PixelJob]:
-        """Those jobs, one per key, that are neither cached nor known to fail."""
-        unique = {job.key: job for job in jobs}
-        return [job for key, job in unique.items() if key not in self.store and key not in self._failures]
-
-    def failures(self, jobs: Iterable[PixelJob]) -> dict[Path, str]:
-        """The files among the jobs that are known to fail, with the reason."""
-        return {job.path: self._failures[job.key] for job in jobs if job.key in self._failures}
-
-    def build(
-        self,
-        jobs: Iterable[PixelJob],
-        workers: int | None = None,
-        name: str = "pixels",
-        mine: Callable[[str], bool] | None = None,
-    ) -> dict[Path, str]:
-        """Decode what is missing, by `workers` threads (one per core if None); returns the files that failed.
-
-        Threads, since Pillow decodes and resizes without the GIL: two give as much as two processes, which would also
-        have to send the pixels back. At most four images a worker are in memory, and one shard. How much of it was
-        there already, and why the rest was not, is told under this `name`. With `mine`, only the images whose keys it
-        takes are decoded here, and the others by other processes.
-        """
-        jobs = list(jobs)
-        todo = self.missing(jobs)
-        tqdm.write(f"{name}: {self._plan(jobs, todo)}")
-        todo = [job for job in todo if mine is None or mine(job.key)]
-        passing = self._decode(todo, workers or cores()) if todo else {}
-        return self.failures(jobs) | {job.path: passing[job.key] for job in jobs if job.key in passing}
-
-    def _decode(self, jobs: list[PixelJob], workers: int) -> dict[str, str]:
-        """Fill the store; returns the reasons that may not hold in the next run, by key, and remembers the others."""
-        if self.store.damaged:
-            tqdm.write(self.store.damage())
-        passing: dict[str, str] = {}
-        try:
-            with self.store.writer() as writer, ThreadPoolExecutor(workers) as threads:
-                results = in_order(threads, _decoded, jobs, window=4 * workers)
-                for job, result in tqdm(results, total=len(jobs), desc="decoding images", unit="image"):
-                    if isinstance(result, np.ndarray):
-                        writer.add(job.key, result)
-                    else:
-                        reasons = passing if result.may_pass or isinstance(result, Changed) else self._failures
-                        reasons[job.key] = result.reason
-        finally:
-            self._remember_made([job for job in jobs if job.key in self.store])
-        self._remember_failures()
-        return passing
-
-    def _plan(self, jobs: Sequence[PixelJob], todo: Sequence[PixelJob]) -> str:
-        """How many images are cached, how many have to be decoded, and why, in words."""
-        keys = {job.key for job in jobs}
-        failing = len(keys & self._failures.keys() - set(self.store))
-        words = f"{len(keys) - len(todo) - failing:,} images cached before, {len(todo):,} to decode"
-        if todo:
-            history, damaged = _read_history(self._made_path), self.store.damaged_keys()
-            reasons = Counter(self._why(job, history, damaged) for job in todo)
-            words += ": " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        return words + (f"; {failing:,} known not to be readable" if failing else "")
-
-    def _why(self, job: PixelJob, history: _History, damaged: set[str]) -> str:
-        """Why an image is not cached: what is different from what was cached before."""
-        if job.key in damaged or (self.store.damaged and job.key in history.keys):
-            return "of a damaged shard"
-        if job.key in history.keys:
-            return "whose shard is gone"
-        if methods := history.methods.get(job.content):
-            return "at another size" if job.method in methods else "by another downsample_method"
-        return "edited" if str(job.path) in history.paths else "new"
-
-    def _remember_made(self, jobs: Sequence[PixelJob]) -> None:
-        """Note where cached images came from, to say later why others have to be made. Nothing else hangs on it."""
-        lines = [json.dumps([str(job.path), job.content, str(job.size), job.method]) + "\n" for job in jobs]
-        # One write to the end of the file: lines of runs that share the cache do not mix.
-        with self._made_path.open("ab", buffering=0) as made:
-            made.write("".join(lines).encode())
-
-    def announce(self, keys: Iterable[str]) -> None:
-        """Tell the system that these images are about to be read; see `ShardStore.announce`."""
-        self.store.announce(keys)
+        super().__init__(folder, _RECIPE)
 
     def read_into(self, key: str, out: np.ndarray, left: int = 0, top: int = 0) -> None:
         """Fill `out` (uint8 [H, W, 3]) with the part of the image that begins at (left, top).
@@ -155,86 +46,7 @@ class PixelCache:
             raise ValueError(f"image {key} is {image.shape[1]}x{image.shape[0]}: no {out.shape} at ({left}, {top})")
         out[:] = part
 
-    def _remember_failures(self) -> None:
-        if not self._failures:
-            return
-        with locked(self.store.folder, fcntl.LOCK_EX):
-            self._failures = _read_failures(self._failures_path) | self._failures  # others may have added some
-            content = json.dumps({"pillow": PIL.__version__, "reasons": self._failures}, indent=1)
-            write_whole(self._failures_path, content.encode())
-
 
 def pixel_key(content: str, intermediate: Size, method: str) -> str:
     """The key of an image in the cache: `content` is the hash of the file's bytes."""
-    return _key(content, str(intermediate), method)
-
-
-def _key(content: str, size: str, method: str) -> str:
-    return hashlib.blake2b(f"{content} {size} {method}".encode(), digest_size=16).hexdigest()
-
-
-def _decoded(job: PixelJob) -> np.ndarray | Unreadable:
-    try:
-        result = load(job.path, job.size, job.method)
-    except Unreadable as error:
-        result = error
-    try:
-        # What was decoded must be what was found: a file that is edited meanwhile would be cached under a wrong key.
-        return result if content_hash(job.path) == job.content else Changed()
-    except OSError as error:
-        return result if isinstance(result, Unreadable) else _vanished(error)
-
-
-def _vanished(error: OSError) -> Unreadable:
-    unreadable = Unreadable(f"cannot be read: {error.strerror}")
-    unreadable.__cause__ = error
-    return unreadable
-
-
-def in_order(
-    pool: Executor, work: Callable[[Item], Result], jobs: Iterable[Item], window: int
-) -> Iterator[tuple[Item, Result]]:
-    """Each job with its result, in order; `window` of them are worked on or wait, which bounds the memory."""
-    rest = iter(jobs)
-    running: deque[tuple[Item, Future]] = deque((job, pool.submit(work, job)) for job in islice(rest, window))
-    while running:
-        job, future = running.popleft()
-        yield job, future.result()
-        running.extend((job, pool.submit(work, job)) for job in islice(rest, 1))
-
-
-def cores() -> int:
-    """The cores that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read_failures(path: Path) -> dict[str, str]:
-    """The files that are known to fail, by key; a list that is damaged costs no more than trying them again."""
-    try:
-        remembered = json.loads(path.read_bytes())
-        reasons = remembered["reasons"] if remembered["pillow"] == PIL.__version__ else {}
-        return {str(key): str(reason) for key, reason in reasons.items()}
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
-class _History(NamedTuple):
-    """What was ever cached in a folder: its keys, the methods by content, and the files that it came from."""
-
-    keys: set[str]
-    methods: dict[str, set[str]]
-    paths: set[str]
-
-
-def _read_history(path: Path) -> _History:
-    """From the notes of earlier builds; lines that an interruption or a bad disk broke are skipped."""
-    history = _History(set(), {}, set())
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            source, content, size, method = map(str, json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            continue
-        history.keys.add(_key(content, size, method))
-        history.methods.setdefault(content, set()).add(method)
-        history.paths.add(source)
-    return history
+    return hashlib.blake2b(f"{content} {intermediate} {method}".encode(), digest_size=16).hexdigest()

@@ -41,7 +41,6 @@ REFUSED: Mapping[tuple[str, str], str] = MappingProxyType({
     ("caption_strategy", "parquet"): ROWS["caption_strategy"].refused["parquet"],
     ("crop_style", "face"): "needs a face detector, which is not offered: type center, or crop around faces beforehand",
     ("dataset_type", "image_embeds"): "pixels are cached without it: remove the entry",
-    ("dataset_type", "conditioning"): "ControlNets are not trained: remove the entry",
     ("dataset_type", "eval"): "validation draws prompts, or upscales images of the other datasets: remove the entry",
 })
 """Values that users are known to try, with what to do instead."""
@@ -82,7 +81,7 @@ class ImageBackend(Group):
     """A folder of images with captions, and how they are prepared. Every value is resolved.
 
     Sizes are pixels of an edge, or megapixels where `resolution_type` is "area". `cache_dir` (key `cache_dir_vae`) is
-    the folder of its pixel cache; `text_embeds` the id of a `TextEmbedsBackend`.
+    the folder of its pixels or latents; `text_embeds` the id of a `TextEmbedsBackend`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
@@ -93,7 +92,7 @@ class ImageBackend(Group):
     disabled: Switch = Field(False, description="Leave the dataset out. `disable` says the same.")
     instance_data_dir: FromRoot = Field(description="The folder of images; it is only read.")
     cache_dir: FromRoot = Field("", alias="cache_dir_vae", validate_default=False, description=(
-        "Folder of the pixel cache; default: pixels/<id> in --cache_dir."))
+        "Folder of the cached pixels or latents; default: pixels/<id>, or latents/<id>, in --cache_dir."))
     crop: Switch = Field(True, description="Crop to the target size; false: keep the aspect, trim centred.")
     crop_aspect: Literal["square", "preserve", "random"] = Field(
         "square", description="The aspect of crops: square, the image's own, or drawn from crop_aspect_buckets.")
@@ -115,6 +114,27 @@ class ImageBackend(Group):
     repeats: Whole = Field(0, ge=0, description="How many more times an epoch sees each image: 0 is once, 1 twice.")
     probability: Real = Field(1.0, gt=0, description="Weight in drawing which dataset the next batch comes from.")
     text_embeds: Text = Field("", description="Id of the text_embeds entry to use; default: the default one.")
+    conditioning_data: Text = Field("", description=(
+        "With a ControlNet: id of the conditioning entry with the pictures that go with these images; default, for an "
+        "only dataset: the only one."))
+
+
+class ConditioningBackend(Group):
+    """A folder of conditioning images, which a ControlNet is shown beside the images of the same names.
+
+    They are brought to size and cropped as their images; `cache_dir` is the folder of their pixels.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: Text = Field(description="Unique name of the conditioning images.")
+    type: Literal["local"] = Field("local", description="Where they lie: in a local folder.")
+    dataset_type: Literal["conditioning"] = Field(description="What the entry is: conditioning images of a dataset.")
+    disabled: Switch = Field(False, description="Leave the entry out. `disable` says the same.")
+    instance_data_dir: FromRoot = Field(description=(
+        "The folder; it is only read. `a/b.png` in it belongs to the image `a/b.jpg` of the dataset's folder."))
+    cache_dir: FromRoot = Field("", validate_default=False, description=(
+        "Folder of their cached pixels; default: conditioning/<id> in --cache_dir."))
 
 
 class TextEmbedsBackend(Group):
@@ -132,10 +152,25 @@ class TextEmbedsBackend(Group):
 
 @dataclass(frozen=True)
 class Backends:
-    """The enabled entries of a dataloader JSON, in its order; at least one of each kind."""
+    """The enabled entries of a dataloader JSON, in its order; at least one of images, and one of text embeds.
+
+    With a ControlNet, and only then, each of the images names one of `conditioning`.
+    """
 
     images: tuple[ImageBackend, ...]
     text_embeds: tuple[TextEmbedsBackend, ...]
+    conditioning: tuple[ConditioningBackend, ...] = ()
+
+    def conditioning_of(self, image: ImageBackend) -> ConditioningBackend | None:
+        """The conditioning images of a dataset; None where no ControlNet is trained."""
+        return next((entry for entry in self.conditioning if entry.id == image.conditioning_data), None)
+
+
+Backend = ImageBackend | ConditioningBackend | TextEmbedsBackend
+KINDS: Mapping[object, type[Backend]] = MappingProxyType({
+    "conditioning": ConditioningBackend, "text_embeds": TextEmbedsBackend,
+})
+"""By `dataset_type`; anything else is an entry of images."""
 
 
 def load_backends(path: Path, config: Config, refused: AbstractSet[str] = frozenset()) -> Backends:
@@ -159,14 +194,17 @@ def load_backends(path: Path, config: Config, refused: AbstractSet[str] = frozen
     enabled = [item for item in parsed if item is not None and not item.disabled]
     images = [item for item in enabled if isinstance(item, ImageBackend)]
     texts = [item for item in enabled if isinstance(item, TextEmbedsBackend)]
+    conditioning = [item for item in enabled if isinstance(item, ConditioningBackend)]
     if not images and not problems:
         problems.append("there is no dataset of images that is not disabled: add one with instance_data_dir")
     texts = texts or [_implicit_texts(config)]
     problems += _default_problems(texts)
     images = [_with_text_embeds(image, texts, problems) for image in images]
+    if not refused & {"controlnet", "model_type"} and len(parsed) == len(entries) and None not in parsed:
+        images = _with_conditioning(images, conditioning, config.training.controlnet, problems)
     if problems:
         raise ConfigError([f"{path.name}, {problem}" for problem in problems])
-    return Backends(tuple(images), tuple(texts))
+    return Backends(tuple(images), tuple(texts), tuple(conditioning))
 
 
 def _place(entry_id: object) -> str:
@@ -183,27 +221,28 @@ def _id_problems(entries: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _parse(
     entry: Mapping[str, Any], place: int, config: Config, refused: AbstractSet[str], problems: list[str]
-) -> ImageBackend | TextEmbedsBackend | None:
+) -> Backend | None:
     """The typed entry, or None with what is wrong added to `problems`."""
     where = _place(entry["id"]) if isinstance(entry.get("id"), str) else f"entry number {place}, "
-    is_text = entry.get("dataset_type") == "text_embeds"
-    model = TextEmbedsBackend if is_text else ImageBackend
+    kind = entry.get("dataset_type")
+    model = KINDS.get(kind, ImageBackend) if isinstance(kind, str) else ImageBackend
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
     own, words = _own_values(entry, fields)
-    inherited = {} if is_text else {name: getattr(config.data, name) for name in fields if name in _FLAGS_OF_DATA}
-    defaults = _default_folder(is_text, own["id"], config) if _names_a_folder(own.get("id")) else {}
+    inherited = {name: getattr(config.data, name) for name in fields if name in _FLAGS_OF_DATA}
+    defaults = _default_folder(model, own["id"], config) if _names_a_folder(own.get("id")) else {}
     item, wrong = _validated(model, own, {**defaults, **inherited})
     words += [f'key "{key}": {sentence}' for key, sentence in wrong.items()]
-    if isinstance(item, ImageBackend) and not item.disabled:
+    if isinstance(item, (ImageBackend, ConditioningBackend)) and not item.disabled:
         unsure = set(wrong) | (refused - set(own))
-        words += [sentence for keys, sentence in _image_problems(item, config) if not keys & unsure]
+        seen = [*_folder_problems(item, config), *(_image_problems(item, config) if model is ImageBackend else ())]
+        words += [sentence for keys, sentence in seen if not keys & unsure]
     problems += [where + sentence for sentence in words]
     return item
 
 
 def _validated(
-    model: type[ImageBackend | TextEmbedsBackend], own: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> tuple[ImageBackend | TextEmbedsBackend | None, dict[str, str]]:
+    model: type[Backend], own: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> tuple[Backend | None, dict[str, str]]:
     """The entry made of the values that are right (None if it cannot be), and what is wrong with the others."""
     try:
         return model.model_validate({**defaults, **own}), {}
@@ -240,10 +279,13 @@ def _names_a_folder(entry_id: object) -> bool:
         return False
 
 
-def _default_folder(is_text: bool, entry_id: object, config: Config) -> dict[str, str]:
-    if is_text:
+def _default_folder(model: type[Backend], entry_id: object, config: Config) -> dict[str, str]:
+    if model is TextEmbedsBackend:
         return {"cache_dir": str(config.data.cache_dir / "text")}
-    return {"cache_dir_vae": str(config.data.cache_dir / "pixels" / str(entry_id))}
+    if model is ConditioningBackend:
+        return {"cache_dir": str(config.data.cache_dir / "conditioning" / str(entry_id))}
+    kind = "latents" if config.family.pixels_per_latent else "pixels"
+    return {"cache_dir_vae": str(config.data.cache_dir / kind / str(entry_id))}
 
 
 def _value_problems(error: ValidationError, fields: Mapping[str, FieldInfo]) -> dict[str, str]:
@@ -259,12 +301,14 @@ def _value_problems(error: ValidationError, fields: Mapping[str, FieldInfo]) -> 
     return words
 
 
-def _image_problems(image: ImageBackend, config: Config) -> Iterator[tuple[set[str], str]]:
-    """What is wrong between an entry's keys: the keys that were looked at, and the words."""
-    if not _names_a_folder(image.id):
+def _folder_problems(
+    entry: ImageBackend | ConditioningBackend, config: Config
+) -> Iterator[tuple[set[str], str]]:
+    """What is wrong with an entry's folders: the keys that were looked at, and the words."""
+    if not _names_a_folder(entry.id):
         words = f"it names a folder of the cache, so it needs letters, at most {LONGEST_FOLDER} bytes, and no slashes"
         yield {"id"}, f'key "id": {words} or line breaks'
-    folder = image.instance_data_dir
+    folder = entry.instance_data_dir
     if not os.path.isdir(folder):
         reason = "which is a file" if os.path.exists(folder) else "which does not exist"
         words = f"found {found(str(folder))}, {reason}: type the folder of your images"
@@ -274,6 +318,10 @@ def _image_problems(image: ImageBackend, config: Config) -> Iterator[tuple[set[s
         words = f"found {found(str(folder))}, which holds {output}: the run's own pictures would be trained on, so name"
         words += " an output folder outside of it"
         yield {"instance_data_dir", "output_dir"}, f'key "instance_data_dir": {words}'
+
+
+def _image_problems(image: ImageBackend, config: Config) -> Iterator[tuple[set[str], str]]:
+    """What else is wrong between the keys of an entry of images."""
     words = resolution_problem(image.resolution, image.resolution_type, config)
     if words:
         yield {"resolution", "resolution_type", "model_type"}, f'key "resolution": {words}'
@@ -338,3 +386,57 @@ def _with_text_embeds(
         problems.append(f'{_place(image.id)}key "text_embeds": found {found(image.text_embeds)}, no such entry{hint}')
     default = next((text.id for text in texts if text.default), ids[0])
     return image.model_copy(update={"text_embeds": image.text_embeds or default})
+
+
+def _with_conditioning(
+    images: Sequence[ImageBackend],
+    conditioning: Sequence[ConditioningBackend],
+    is_trained: bool,
+    problems: list[str],
+) -> list[ImageBackend]:
+    """`images` with the ids of their conditioning images, which all have where a ControlNet is trained, else none."""
+    option = ROWS["controlnet"].label
+    if not is_trained:
+        only = f"which only a ControlNet is shown: set {option} to true"
+        problems += [
+            f'{_place(entry.id)}key "dataset_type": found "conditioning", {only}, or disabled to true'
+            for entry in conditioning
+        ] + [
+            f'{_place(image.id)}key "conditioning_data": found {found(image.conditioning_data)}, {only}, or remove it'
+            for image in images if image.conditioning_data
+        ]
+        return list(images)
+    if not conditioning:
+        problems.append(
+            f"{option} is true, but there are no conditioning images: add an entry with dataset_type conditioning,"
+            " whose instance_data_dir has a picture of the same name for each image, or set it to false"
+        )
+        return list(images)
+    wrong: list[str] = []
+    named = [_with_its_conditioning(image, conditioning, len(images) == 1, wrong) for image in images]
+    used = {image.conditioning_data for image in named}
+    problems += wrong or [
+        f"{_place(entry.id)}no dataset names it: set conditioning_data of one to {found(entry.id)}, or disabled to true"
+        for entry in conditioning if images and entry.id not in used
+    ]
+    return named
+
+
+def _with_its_conditioning(
+    image: ImageBackend, conditioning: Sequence[ConditioningBackend], is_only: bool, problems: list[str]
+) -> ImageBackend:
+    entries = {entry.id: entry for entry in conditioning}
+    name = image.conditioning_data or (conditioning[0].id if is_only and len(entries) == 1 else "")
+    where, there = f'{_place(image.id)}key "conditioning_data": ', ", ".join(map(found, entries))
+    if not name:
+        problems.append(f"{where}is not set, and a ControlNet needs conditioning images for all: type one of {there}")
+    elif name not in entries:
+        hint = did_you_mean(name, entries) or f"; there is {there}"
+        problems.append(f"{where}found {found(name)}, no such conditioning entry{hint}")
+    else:
+        own, others = (os.path.realpath(item.instance_data_dir) for item in (image, entries[name]))
+        if Path(others).is_relative_to(own):
+            words = f"found {found(others)}, which is, or is in, the folder of {found(image.id)}: its pictures would be"
+            words += " trained on as images, so move them out of it"
+            problems.append(f'{_place(name)}key "instance_data_dir": {words}')
+    return image.model_copy(update={"conditioning_data": name})

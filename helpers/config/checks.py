@@ -11,7 +11,7 @@ from typing import NamedTuple
 from helpers.config.families import LORA_TARGETS, MODEL_TYPES, SINGLE_FILE
 from helpers.config.jsonfile import load_json
 from helpers.config.optimizers import ADAM_SETTINGS, OPTIMIZERS
-from helpers.config.options import ROWS, Config
+from helpers.config.options import ROWS, TEXT_ENCODER_OPTIONS, Config
 from helpers.config.problems import did_you_mean, found, one_of
 
 WAVES = ("sine", "cosine", "cosine_with_restarts")
@@ -50,6 +50,8 @@ def problems(config: Config) -> Iterator[Problem]:
     if config.training.max_train_steps:
         yield from schedule_problems(config, config.training.max_train_steps, ("max_train_steps",))
     yield from _what_is_trained(config)
+    yield from _text_encoder(config)
+    yield from _controlnet(config)
     yield from _export(config)
     yield from _single_file(config)
     yield from _loss(config)
@@ -59,6 +61,9 @@ def problems(config: Config) -> Iterator[Problem]:
     if config.run.strict and config.run.check == "none":
         yield Problem(("strict", "check"), "found true without a check, whose exit code it sets: type --check beside it")
     yield from _schedulers(config)
+    if config.data.vae_batch_size not in (1, ROWS["vae_batch_size"].field.default) and not config.family.pixels_per_latent:
+        words = f"found {config.data.vae_batch_size}, but {config.family.name} has no VAE: remove it"
+        yield Problem(("vae_batch_size", "model_type"), words)
     if config.validation.validation_guidance_rescale and not config.family.guidance_rescale:
         yield Problem(
             ("validation_guidance_rescale", "model_type"),
@@ -179,12 +184,13 @@ def _precision(config: Config) -> Iterator[Problem]:
     if precision not in config.family.mixed_precisions:
         yield Problem(
             ("mixed_precision", "model_type"),
-            f"found {precision!r}, {config.family.name} needs one of {', '.join(config.family.mixed_precisions)}",
+            f"found {precision!r}, in which text encoder and UNet of {config.family.name} overflow: type bf16",
         )
-    if config.training.pure_bf16 and precision == "no":
+    elif config.training.pure_bf16 and precision != "bf16":
+        kept = {"no": "is float32", "fp16": "keeps what is trained in float32"}[precision]
         yield Problem(
             ("pure_bf16", "mixed_precision"),
-            "found true beside mixed_precision no, which is float32: "
+            f"found true beside mixed_precision {precision}, which {kept}: "
             "set mixed_precision to bf16, or pure_bf16 to false",
         )
 
@@ -346,6 +352,77 @@ def _adapter_of_full(config: Config, of_kind: Mapping[str, str]) -> Iterator[Pro
         )
 
 
+def _text_encoder(config: Config) -> Iterator[Problem]:
+    lora, optimizer = config.lora, config.optimizer
+    if config.training_kind == "full":
+        return
+    if not lora.train_text_encoder:
+        for name in TEXT_ENCODER_OPTIONS:
+            if getattr(lora, name) is not None:
+                yield Problem(
+                    (name, "train_text_encoder"),
+                    f"found {getattr(lora, name):g} without train_text_encoder, where it does nothing: remove it, or "
+                    "set train_text_encoder to true",
+                )
+        return
+    if not config.family.trains_text_encoder:
+        yield Problem(
+            ("train_text_encoder", "model_type"),
+            f"found true, but {config.family.name} reads T5-XXL, whose 4.8 billion parameters would take 10 GB beside "
+            "the UNet: it encodes each caption once, before the training, and is not trained, so set it to false",
+        )
+        return
+    for name in ("text_encoder_device", "text_encoder_batch_size"):
+        value = getattr(config.data, name)
+        if value != ROWS[name].field.default:
+            yield Problem(
+                (name, "train_text_encoder"),
+                f"found {found(value)} beside train_text_encoder, with which the captions of each batch are encoded "
+                "where it is trained: remove it",
+            )
+    facts, rate = OPTIMIZERS[optimizer.optimizer], lora.text_encoder_learning_rate
+    if rate is None:
+        return
+    if facts.one_rate and rate != optimizer.learning_rate:
+        yield Problem(
+            ("text_encoder_learning_rate", "learning_rate", "optimizer"),
+            f"found {rate:g} beside optimizer {optimizer.optimizer!r}, which finds one rate for all that is trained: "
+            "remove it",
+        )
+    if rate > facts.greatest_rate:
+        yield Problem(
+            ("text_encoder_learning_rate", "optimizer"),
+            f"found {rate:g} beside optimizer {optimizer.optimizer!r}, with which a rate above "
+            f"{facts.greatest_rate:g} breaks any model: type a rate near {facts.learning_rate / 10:g}",
+        )
+
+
+def _controlnet(config: Config) -> Iterator[Problem]:
+    if not config.training.controlnet:
+        return
+    full_type = next(name for name, row in MODEL_TYPES.items() if row == (config.family, "full"))
+    if not config.family.controlnet:
+        able = next(name for name, (family, kind) in MODEL_TYPES.items() if family.controlnet and kind == "full")
+        yield Problem(
+            ("controlnet", "model_type"),
+            f"found true, but no ControlNet can be made for {config.family.name}: it would be a copy of the UNet's"
+            " first half, and diffusers' ControlNet has no such blocks: set it to false, or train Stable Diffusion with"
+            f" model_type {able}",
+        )
+    elif config.training_kind == "lora":
+        yield Problem(
+            ("controlnet", "model_type"),
+            f"found true beside model_type {config.model.model_type}, which trains an adapter of the UNet: a ControlNet"
+            f" is a model of its own, so set model_type to {full_type}, or controlnet to false",
+        )
+    elif config.training.use_bitfit:
+        yield Problem(
+            ("controlnet", "use_bitfit"),
+            "found true beside use_bitfit, which trains the UNet's biases: a ControlNet is trained as a whole, beside a"
+            " UNet that stays as it is: set one of the two to false",
+        )
+
+
 def _single_file(config: Config) -> Iterator[Problem]:
     name = config.model.pretrained_model_name_or_path
     if config.model.single_file_config is not None and not name.endswith(SINGLE_FILE):
@@ -418,7 +495,7 @@ def _timestep_bias(config: Config) -> Iterator[Problem]:
 
 
 def _eval_images(config: Config) -> Iterator[Problem]:
-    if config.validation.num_eval_images and not config.family.upscales:
+    if config.validation.num_eval_images and not config.shows_eval_images:
         words = f"found {config.validation.num_eval_images}, {config.family.name} is judged by its validation prompts: "
         yield Problem(("num_eval_images", "model_type"), words + "set it to 0")
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from helpers.config.backends import ImageBackend, TextEmbedsBackend
-from helpers.config.families import BY_MODEL, MODEL_TYPES, Family
+from helpers.config.backends import KINDS, ConditioningBackend, ImageBackend, TextEmbedsBackend
+from helpers.config.families import MODEL_TYPES, Family
 from helpers.config.later import LATER, LATER_PREFIXES
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS, Group, Row
 from helpers.config.paths import ROOT
@@ -49,9 +49,9 @@ A name that is not known is an error, and so is an export that is a letter or tw
 BACKENDS_INTRODUCTION = """\
 ## The dataloader JSON
 
-The file that `DATALOADER_CONFIG` names: an array of objects, one for each dataset and one for each folder of text
-embeds. A key of a dataset overrides the flag of the same name. Sizes are pixels of an edge, or megapixels where
-`resolution_type` is `area`.
+The file that `DATALOADER_CONFIG` names: an array of objects, one for each dataset, one for each folder of text
+embeds, and with a ControlNet one for each folder of conditioning images. A key of a dataset overrides the flag of the
+same name. Sizes are pixels of an edge, or megapixels where `resolution_type` is `area`.
 """
 
 
@@ -69,7 +69,8 @@ def options_page() -> str:
     parts = [INTRODUCTION]
     for group, title in TITLES.items():
         parts.append(f"## {title}\n\n" + "\n".join(_table(group)) + "\n")
-    parts += [BACKENDS_INTRODUCTION, _keys("Datasets", ImageBackend), _keys("Text embeds", TextEmbedsBackend), _later()]
+    parts += [BACKENDS_INTRODUCTION, _keys("Datasets", ImageBackend), _keys("Text embeds", TextEmbedsBackend)]
+    parts += [_keys("Conditioning images, for a ControlNet", ConditioningBackend), _later()]
     return "\n".join(parts)
 
 
@@ -102,7 +103,7 @@ def default_words(row: Row) -> str:
 
 
 def _of_family(family: Family, name: str) -> str:
-    others = {str(edge) for edge in family.resolutions.values()} if name in BY_MODEL else set()
+    others = {str(edge) for edge in family.resolutions.values()} if name == "resolution" else set()
     return " or ".join([_default(getattr(family, name)), *sorted(others)])
 
 
@@ -175,11 +176,13 @@ def config_schema() -> dict[str, Any]:
 
 def backends_schema() -> dict[str, Any]:
     """The JSON Schema of the dataloader JSON."""
-    is_text = {"properties": {"dataset_type": {"const": "text_embeds"}}, "required": ["dataset_type"]}
+    entry = _entry(ImageBackend)
+    for kind, model in KINDS.items():
+        is_kind = {"properties": {"dataset_type": {"const": kind}}, "required": ["dataset_type"]}
+        entry = {"if": is_kind, "then": _entry(model), "else": entry}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "FloydTuner: dataloader JSON",
-        "type": "array",
-        "items": {"if": is_text, "then": _entry(TextEmbedsBackend), "else": _entry(ImageBackend)},
+        "type": "array", "items": entry,
     }
 
 

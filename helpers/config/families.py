@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 from helpers.config.jsonfile import BadJson, load_json
 from helpers.config.paths import ROOT, from_root
-from helpers.sizes import Size
 
 
 @dataclass(frozen=True)
@@ -24,8 +23,9 @@ class Family:
     image below the resolution would teach it blur. `generations` are narrower names for `model_family`, each with its
     flavours, the default first. `pixels_per_latent` is set where a VAE stands between images and UNet. `lacks_layers`
     are those of `LORA_TARGETS` that its UNet has not. `kohya`: ComfyUI, A1111 and kohya's tools have the model, so that
-    its adapters can be exported for them. Models of a family with `single_file` are also given away as one
-    `.safetensors` file each. `former_names` are hub ids that flavours had once, and that hub caches still know.
+    its adapters can be exported for them. `trains_text_encoder`: an adapter of its text encoder can be trained too.
+    `controlnet`: a ControlNet can be trained beside its UNet. Models of a family with `single_file` are also given away
+    as one `.safetensors` file each. `former_names` are hub ids that flavours had once, and that hub caches still know.
     """
 
     key: str
@@ -50,11 +50,9 @@ class Family:
     pixels_per_latent: int | None = None
     lacks_layers: tuple[str, ...] = ()
     kohya: bool = False
+    trains_text_encoder: bool = False
+    controlnet: bool = False
     former_names: Mapping[str, str] = field(default_factory=dict, repr=False)
-
-    @property
-    def validation_resolution(self) -> tuple[Size, ...]:
-        return (Size(self.resolution, self.resolution),)
 
     @property
     def model_families(self) -> tuple[str, ...]:
@@ -131,7 +129,7 @@ STABLE_DIFFUSION = Family(
     alignment=64,
     resolution=512,
     data_backend_config=ROOT / "multidatabackend_sd2x.json",
-    mixed_precisions=("no", "bf16"),
+    mixed_precisions=("no", "fp16", "bf16"),
     guidance_rescale=True,
     validation_noise_scheduler="ddim",
     noise_schedulers=("ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"),
@@ -143,6 +141,8 @@ STABLE_DIFFUSION = Family(
     lacks_layers=("add_k_proj", "add_v_proj"),
     single_file=True,
     kohya=True,
+    trains_text_encoder=True,
+    controlnet=True,
     former_names=MappingProxyType({
         "runwayml/stable-diffusion-v1-5": "1.5",
         "stabilityai/stable-diffusion-2-base": "2.0-base",
@@ -162,14 +162,14 @@ MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
 })
 """The names that MODEL_TYPE may have: what is trained (a family's row), and how ("lora" or "full")."""
 
+FAMILIES: tuple[Family, ...] = (DEEPFLOYD_I, DEEPFLOYD_II, STABLE_DIFFUSION)
+
 FLAVOURS: tuple[str, ...] = tuple(
-    dict.fromkeys(flavour for family, _ in MODEL_TYPES.values() for flavour in family.flavours)
+    dict.fromkeys(flavour for family in FAMILIES for flavour in family.flavours)
 )
 
 TRAINING_KINDS = ("lora", "full")
 
-BY_MODEL = ("resolution", "validation_resolution")
-"""Defaults of a family that some of its flavours have otherwise: see `Model.as_trained`."""
 
 # IF keeps its text keys and values in add_k_proj and add_v_proj: without them a caption can hardly be learned.
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")

@@ -34,12 +34,10 @@ class Later:
 
 
 _TABLE = (
-    Later("vae_batch_size", ("VAE_BATCH_SIZE",), (*FALSE, "1"), "remove it, DeepFloyd has no VAE"),
     Later("push_to_hub", ("PUSH_TO_HUB",), FALSE, "set it to false and upload the output folder with `hf upload`"),
     Later("push_checkpoints_to_hub", ("PUSH_CHECKPOINTS",), FALSE,
           "set it to false and upload the output folder with `hf upload`"),
     Later("hub_model_id", ("HUB_MODEL_NAME",), None, ""),
-    Later("controlnet", ("CONTROLNET",), FALSE, "set it to false"),
 )
 LATER: Mapping[str, Later] = MappingProxyType({row.name: row for row in _TABLE})
 """By the option's name."""
@@ -47,7 +45,7 @@ LATER: Mapping[str, Later] = MappingProxyType({row.name: row for row in _TABLE})
 LATER_EXPORTS: Mapping[str, Later] = MappingProxyType({name: row for row in _TABLE for name in row.exports})
 
 LATER_PREFIXES: Mapping[str, str] = MappingProxyType({
-    "TEXT_ENCODER_": "remove it, the text encoder is not trained",
+    "TEXT_ENCODER_": "remove it: TRAIN_TEXT_ENCODER=true trains a LoRA of all of CLIP, for as long as the UNet's",
     "DELETE_": "set it to false, the dataset is only read: images that cannot be used are left out and listed",
 })
 """Exports that begin so, with what to do instead."""

@@ -38,6 +38,9 @@ ENV_FILE_MARK = "FLOYDTUNER_ENV_FILE"
 
 DEFAULT_EPOCHS = 25
 
+EVAL_IMAGES = 4
+"""Of each dataset, with a ControlNet: prompts alone tell nothing of it."""
+
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
 }
@@ -269,14 +272,12 @@ def _completed(config: Config, given: set[str], model: Model) -> Config:
     }
     epochs = 0 if config.training.max_train_steps else DEFAULT_EPOCHS
     optimizer = config.optimizer.optimizer or ("adamw_bf16" if config.training.pure_bf16 else "adamw")
-    # Lin et al. 2024 take 0.7: with less, guidance burns out pictures that are sampled from noise alone.
-    rescaled = config.loss.rescale_betas_zero_snr and model.family.guidance_rescale
-    rescale = {} if "validation_guidance_rescale" in given else {"validation_guidance_rescale": 0.7 if rescaled else 0.0}
     by_optimizer = {"learning_rate": OPTIMIZERS[optimizer].learning_rate, "adam_beta2": OPTIMIZERS[optimizer].beta2}
     filled = {
         "model": _model_values(model),
         "data": {name: value for name, value in by_family.items() if ROWS[name].group == "data"},
-        "validation": {name: value for name, value in by_family.items() if ROWS[name].group == "validation"} | rescale,
+        "validation": {name: value for name, value in by_family.items() if ROWS[name].group == "validation"}
+        | _validation_values(config, given, model),
         "training": {} if "num_train_epochs" in given else {"num_train_epochs": epochs},
         "optimizer": {"optimizer": optimizer} | {
             name: value for name, value in by_optimizer.items() if getattr(config.optimizer, name) is None
@@ -285,6 +286,19 @@ def _completed(config: Config, given: set[str], model: Model) -> Config:
     return config.model_copy(update={
         group: getattr(config, group).model_copy(update=values) for group, values in filled.items()
     })
+
+
+def _validation_values(config: Config, given: set[str], model: Model) -> dict[str, Any]:
+    """Validation images are of the size of training, unless it is told otherwise."""
+    data, family = config.data, model.as_trained
+    is_edge = "resolution" in given and data.resolution_type == "pixel" and data.resolution % family.alignment == 0
+    edge = int(data.resolution) if is_edge else family.resolution
+    # Lin et al. 2024 take 0.7: with less, guidance burns out pictures that are sampled from noise alone.
+    rescaled = config.loss.rescale_betas_zero_snr and family.guidance_rescale
+    defaults = {"validation_resolution": (Size(edge, edge),), "validation_guidance_rescale": 0.7 if rescaled else 0.0}
+    if config.training.controlnet and family.controlnet:
+        defaults["num_eval_images"] = EVAL_IMAGES
+    return {name: value for name, value in defaults.items() if name not in given}
 
 
 def _model_values(model: Model) -> dict[str, Any]:

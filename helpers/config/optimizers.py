@@ -19,6 +19,7 @@ class OptimizerFacts:
         package: what `import` and `pip install` call its library, where that is not one that everything needs.
         learning_rate, beta2: the defaults.
         least_rate, greatest_rate: a learning_rate outside is a mistake. Prodigy's is only a factor of what it finds.
+        one_rate: all that is trained has one rate.
         lost_in_bf16: what becomes of its steps where the weights are kept in bfloat16, if it cannot be used there.
     """
 
@@ -28,6 +29,7 @@ class OptimizerFacts:
     beta2: float = 0.999
     least_rate: float = 0.0
     greatest_rate: float = 0.1
+    one_rate: bool = False
     lost_in_bf16: str | None = None
 
 
@@ -42,7 +44,7 @@ OPTIMIZERS: Mapping[str, OptimizerFacts] = MappingProxyType({
         learning_rate=1e-5, beta2=0.99,
     ),
     "prodigy": OptimizerFacts(
-        package="prodigyopt", learning_rate=1.0, least_rate=0.01, greatest_rate=math.inf,
+        package="prodigyopt", learning_rate=1.0, least_rate=0.01, greatest_rate=math.inf, one_rate=True,
         lost_in_bf16="bf16 weights would not move: it begins with steps far below their precision",
     ),
 })

@@ -138,6 +138,8 @@ Ranks = Annotated[
 ]
 Resume = Annotated[Text, AfterValidator(_resume_name)]
 ResolutionType = Literal["pixel", "area"]
+TEXT_ENCODER_OPTIONS = ("text_encoder_lora_rank", "text_encoder_lora_alpha", "text_encoder_learning_rate")
+"""Options of an adapter of the text encoder, which train_text_encoder asks for."""
 DownsampleMethod = Literal["stepwise", "single"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
 
@@ -230,6 +232,8 @@ class DataOptions(Group):
     instance_prompt: Text | None = option(help="The prompt of caption_strategy instanceprompt, and the one prepended.")
     caption_dropout_probability: Real = option(
         0.1, ge=0, le=1, help="Share of captions replaced by the empty prompt, which guidance needs.")
+    vae_batch_size: Whole = option(
+        4, ge=1, unit="images", help="Stable Diffusion: images that are encoded by the VAE at a time.")
     text_encoder_batch_size: Whole = option(8, ge=1, unit="captions", help="Captions that are encoded at a time.")
     text_encoder_device: Literal["auto", "cpu"] = option(
         "auto", help="Where captions are encoded: auto is the training device.")
@@ -249,11 +253,12 @@ class TrainingOptions(Group):
         help="Steps in a row that are skipped where loss or gradient is NaN or infinite; one more ends the run.")
     gradient_checkpointing: Switch = option(
         False, export="USE_GRADIENT_CHECKPOINTING", help="Compute activations twice: a third slower, a fifth of their memory.")
-    mixed_precision: Literal["no", "bf16"] = option(
-        "bf16", help="Precision of the computation.",
-        refused={"fp16": "DeepFloyd's text encoder and UNet overflow in fp16: type bf16"})
+    mixed_precision: Literal["no", "fp16", "bf16"] = option(
+        "bf16", help="Precision of the computation; fp16: Stable Diffusion on GPUs without bf16, older than Ampere.")
     pure_bf16: Switch = option(False, help="Keep the trained weights and the optimizer's state in bf16 too.")
     use_bitfit: Switch = option(False, help="BitFit, for full model types: only the biases are trained.")
+    controlnet: Switch = option(
+        False, help="For full model types of Stable Diffusion: a ControlNet is trained, and the UNet stays as it is.")
     attention_mechanism: Literal["sdpa", "xformers"] = option(
         "sdpa", switches={"USE_XFORMERS": "xformers"},
         help="Attention kernels; sdpa is used where xformers is not at hand, and needs no more memory.")
@@ -295,6 +300,17 @@ class LoraOptions(Group):
         False, help="DoRA, for lora model types: the magnitude of each weight is learned apart from its direction.")
     use_rslora: Switch = option(
         False, help="rsLoRA, for lora model types: the adapter is scaled by alpha / sqrt(rank), for high ranks.")
+    train_text_encoder: Switch = option(
+        False, export=("TRAIN_TEXT_ENCODER", "TEXT_ENCODER_TRAINING"),
+        help="Stable Diffusion, model type lora: train an adapter of CLIP, the text encoder, too, of the same kind.")
+    text_encoder_lora_rank: Whole | None = option(
+        ge=1, default_words="lora_rank", help="Rank of the text encoder's adapter.")
+    text_encoder_lora_alpha: Real | None = option(
+        gt=0, default_words="scaled as lora_alpha / lora_rank says",
+        help="The text encoder's adapter is scaled by alpha / rank.")
+    text_encoder_learning_rate: Real | None = option(
+        gt=0, default_words="learning_rate",
+        help="The highest learning rate of the text encoder's adapter, on the same schedule; not with prodigy.")
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -341,8 +357,9 @@ class ValidationOptions(Group):
     validation_prompt_library: FromRoot | None = option(
         export="USER_PROMPT_LIBRARY", help="A JSON file {name: prompt} of further prompts to draw.")
     validation_negative_prompt: Text = option("", help="What to avoid in validation images.")
-    validation_resolution: Sizes = option(
-        by_family=True, unit="px", help="Sizes of validation images: 64, 96x64, or several: 64,96,64x96,96x64.")
+    validation_resolution: Sizes | None = option(
+        default_words="resolution, where that is in pixels, else what the model was trained at", unit="px",
+        help="Sizes of validation images: 64, 96x64, or several: 64,96,64x96,96x64.")
     validation_steps: Whole = option(
         250, ge=0, unit="steps", help="Steps between validations; 0: only before the first step and after the last.")
     validation_num_inference_steps: Whole = option(25, ge=1, unit="steps", help="Denoising steps per image.")
@@ -354,7 +371,8 @@ class ValidationOptions(Group):
         by_family=True, help="The scheduler that validation images are sampled with.")
     num_eval_images: Whole = option(
         by_family=True, ge=0, unit="images",
-        help="Stage II: how many images of each dataset to upscale at each validation, always the same ones.")
+        help="Stage II: how many images of each dataset to upscale at each validation, always the same ones. With a"
+             " ControlNet (then 4 by default): how many to draw from their conditioning images.")
     validation_noise_level: Whole = option(
         250, ge=0, le=999, help="Stage II: how much noise validation adds to the low-resolution image.")
     validation_seed: Whole = option(42, ge=0, help="Seed of the validation images, the same at each validation.")
@@ -427,6 +445,11 @@ class Config(BaseModel):
     def training_kind(self) -> str:
         """ "lora" or "full"."""
         return MODEL_TYPES[self.model.model_type][1]
+
+    @property
+    def shows_eval_images(self) -> bool:
+        """Whether validation makes something of the datasets' images, and not of prompts alone."""
+        return self.family.upscales or self.training.controlnet
 
     @property
     def lora_type(self) -> str:

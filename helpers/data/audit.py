@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -19,18 +19,21 @@ from textwrap import shorten
 
 from tqdm import tqdm
 
-from helpers.caching.pixels import PixelJob, cores, in_order
+from helpers.caching.images import cores, in_order
+from helpers.caching.pixels import PixelJob
 from helpers.captions.cleaning import erased_words
 from helpers.captions.strategies import NOT_UTF8
-from helpers.config.backends import ImageBackend
+from helpers.config.backends import ConditioningBackend, ImageBackend
 from helpers.config.jsonfile import load_json
 from helpers.data.dataset import Dataset, plan_dataset
-from helpers.data.preparation import scan_backend
+from helpers.data.pairing import UNPAIRED, pair, without_controls
+from helpers.data.preparation import cached_sizes, scan_backend
 from helpers.data.scan import NO_CAPTION, LeftOut, Record, Scan
 from helpers.files import on_one_line, printable
 from helpers.images.geometry import MAX_ASPECT, Plan
 from helpers.images.loading import Unreadable, load, transparent_share
 from helpers.models.loading import at_hand
+from helpers.models.spaces import Latents, Pixels
 from helpers.models.text import CLIP, T5, length_counter
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".captions", ".cap", ".tags")
@@ -61,23 +64,26 @@ class Finding:
 class Audited:
     """A dataset as training would use it, with all that was found about its images.
 
-    `decode_seconds` is how long it took to decode each of them once, which is what filling the pixel cache takes.
+    `decode_seconds` is how long it took to decode each of them once, as filling their cache does too; `space` says what
+    is kept there.
     """
 
     dataset: Dataset
     method: str
     findings: tuple[Finding, ...]
     decode_seconds: float
+    space: Pixels | Latents
 
     @property
     def found(self) -> int:
         return len(self.dataset.records) + len(self.dataset.left_out)
 
     @property
-    def pixel_bytes(self) -> int:
-        """What its pixel cache takes on the disk."""
-        jobs = {job.key: job for job in self.dataset.pixel_jobs(self.method)}
-        return sum(3 * job.size.width * job.size.height for job in jobs.values())
+    def image_bytes(self) -> int:
+        """What the caches of its images take on the disk."""
+        controls = {job.key: job.size for job in self.dataset.control_jobs(self.method)}
+        own = sum(cached_sizes(self.dataset, self.method, self.space).values())
+        return own + sum(Pixels().cached_bytes(size) for size in controls.values())
 
 
 @dataclass(frozen=True)
@@ -89,28 +95,41 @@ class _Look:
     transparent: float = 0.0
 
 
-def audit_images(backend: ImageBackend, alignment: int, enlarge: bool = True, smallest: int = 1) -> Audited:
+def audit_images(
+    backend: ImageBackend,
+    alignment: int,
+    enlarge: bool = True,
+    smallest: int = 1,
+    space: Pixels | Latents = Pixels(),
+    conditioning: ConditioningBackend | None = None,
+) -> Audited:
     """Scan, plan and decode the images of one entry of the dataloader JSON.
 
     Args:
         alignment, enlarge, smallest: see `geometry.Rules`.
+        conditioning: where each image has its conditioning image, where a ControlNet is trained.
     """
-    found = scan_backend(backend, may_be_empty=True)
+    found, method = scan_backend(backend, may_be_empty=True), backend.downsample_method
     planned = plan_dataset(backend, found, alignment, enlarge, smallest)
+    paired, notes = _paired(planned, conditioning)
     began = time.perf_counter()
-    looks = _looks(planned, backend.downsample_method)
+    looks, controls = _looks(paired.pixel_jobs(method), backend.id), _looks(paired.control_jobs(method), backend.id)
     seconds = time.perf_counter() - began
-    failures = {r.path: reason for r in planned.records if (reason := looks[r.content].reason) is not None}
-    dataset = planned.without(failures)
+    failures = {r.path: reason for r in paired.records if (reason := looks[r.content].reason) is not None}
+    dataset = without_controls(paired.without(failures), {
+        record.control.path: reason for record in paired.records
+        if record.control and (reason := controls[record.control.content].reason) is not None
+    })
     about = _About(backend)
     findings = [
         *about.left_out(found, planned, failures),
+        *about.controls(dataset, notes),
         *about.sizes(dataset),
         *about.transparency(dataset, looks),
         *about.duplicates(dataset, looks),
         *about.whole(dataset, found),
     ]
-    return Audited(dataset, backend.downsample_method, tuple(findings), seconds)
+    return Audited(dataset, backend.downsample_method, tuple(findings), seconds, space)
 
 
 @dataclass(frozen=True)
@@ -196,6 +215,17 @@ class _About:
             yield Finding(self._id, entry.path, kind, f"left out: {entry.reason}", remedy)
         for path, reason in failures.items():
             yield self._unreadable(path, reason)
+
+    def controls(self, dataset: Dataset, notes: Iterable[str]) -> Iterator[Finding]:
+        """What is wrong with the conditioning images."""
+        for entry in dataset.left_out:
+            if entry.reason.startswith(UNPAIRED):
+                remedy = "make its conditioning image anew, or remove both"
+                reason = f"left out: {entry.reason.removeprefix(UNPAIRED)}"
+                yield Finding(self._id, entry.path, UNPAIRED.removesuffix(": "), reason, remedy)
+        for note in notes:
+            remedy = "see whether the two folders belong together"
+            yield Finding(self._id, None, "conditioning images", note, remedy)
 
     def _unreadable(self, path: Path, reason: str) -> Finding:
         remedy = "replace it by a sound JPEG or PNG, or remove it"
@@ -292,16 +322,22 @@ class _About:
             yield "cut caption", reason, "shorten it, with what matters first"
 
 
-def _looks(dataset: Dataset, method: str) -> dict[str, _Look]:
-    """Each content, decoded once at the size that it is trained from."""
-    jobs = {
-        record.content: PixelJob(record.path, record.content, plans[0].intermediate, method)
-        for record, plans in zip(reversed(dataset.records), reversed(dataset.plans))
-    }
+def _paired(dataset: Dataset, conditioning: ConditioningBackend | None) -> tuple[Dataset, tuple[str, ...]]:
+    """The images that have their conditioning images, and what is to be said of these."""
+    if conditioning is None:
+        return dataset, ()
+    partners = scan_backend(conditioning, may_be_empty=True)
+    dataset, notes = pair(dataset, partners, conditioning.instance_data_dir)
+    return dataset, partners.notes + notes
+
+
+def _looks(all_jobs: Sequence[PixelJob], dataset_id: str) -> dict[str, _Look]:
+    """Each content, decoded once at the first size that it is trained from."""
+    jobs = {job.content: job for job in reversed(all_jobs)}
     workers = cores()
     with ThreadPoolExecutor(workers) as threads:
         results = in_order(threads, _look, jobs.values(), window=4 * workers)
-        bar = tqdm(results, total=len(jobs), desc=f"decoding {dataset.id}", unit="image", leave=False, delay=1)
+        bar = tqdm(results, total=len(jobs), desc=f"decoding {dataset_id}", unit="image", leave=False, delay=1)
         return {job.content: look for job, look in bar}
 
 

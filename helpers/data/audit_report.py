@@ -44,8 +44,13 @@ class Audit:
         return math.ceil(sum(self.batches.values()) / self.batches_per_step) if self.batches else None
 
     @property
-    def pixel_bytes(self) -> int:
-        return sum(audited.pixel_bytes for audited in self.datasets)
+    def kept(self) -> str:
+        """What is cached of images, in a word."""
+        return self.datasets[0].space.cached
+
+    @property
+    def image_bytes(self) -> int:
+        return sum(audited.image_bytes for audited in self.datasets)
 
     @property
     def decode_seconds(self) -> float:
@@ -61,7 +66,7 @@ def as_json_text(audit: Audit) -> str:
         "steps": audit.steps,
         "captions": audit.captions,
         "caches": {
-            "pixel_bytes": audit.pixel_bytes,
+            "image_bytes": audit.image_bytes,
             "embed_bytes": audit.embed_bytes,
             "free_bytes": audit.free_bytes,
             "decode_seconds": round(audit.decode_seconds, 2),
@@ -84,7 +89,7 @@ def _dataset(audit: Audit, audited: Audited) -> dict[str, Any]:
         "repeats": report.repeats,
         "batches_per_epoch": report.batches_per_epoch,
         "buckets": {str(size): count for size, count in report.buckets.items()},
-        "pixel_bytes": audited.pixel_bytes,
+        "image_bytes": audited.image_bytes,
     }
 
 
@@ -133,10 +138,11 @@ def _needs(audit: Audit) -> Iterable[str]:
         yield f"steps: {audit.steps_per_epoch:,} an epoch, {audit.steps:,} in all"
     embeds = "an unknown size" if audit.embed_bytes is None else _size(audit.embed_bytes)
     free = "" if audit.free_bytes is None else f"; {_size(audit.free_bytes)} are free"
-    yield f"caches on the disk: {_size(audit.pixel_bytes)} of pixels, {embeds} of {audit.captions:,} captions{free}"
+    yield f"caches on the disk: {_size(audit.image_bytes)} of {audit.kept}, {embeds} of {audit.captions:,} captions{free}"
     if audit.output_bytes is not None:
         yield f"checkpoints and result on the disk: {_size(audit.output_bytes)}"
-    yield f"decoding took {audit.decode_seconds:.1f} s here: about what filling an empty pixel cache takes"
+    then = "about what filling an empty cache takes" if audit.kept == "pixels" else "then the VAE encodes the images"
+    yield f"decoding took {audit.decode_seconds:.1f} s here: {then}"
     yield from (f"not looked at: {words}" for words in audit.not_looked_at)
 
 

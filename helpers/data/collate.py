@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from helpers.caching.embeds import EmbedCache
+from helpers.caching.latents import LatentCache, latent_key
 from helpers.caching.pixels import PixelCache, pixel_key
+from helpers.caching.tokens import Tokens
 from helpers.data.sampler import BatchPlan, Position, Use
 from helpers.processes import Share
 
@@ -28,25 +30,63 @@ Item = TypeVar("Item")
 _END = object()
 
 
-class Source(NamedTuple):
-    """The caches of one dataset; `method` is the downsample_method that its pixels were made with."""
+@dataclass(frozen=True)
+class CachedPixels:
+    """Images as they were cached; `method` is the downsample_method that they were made with."""
 
-    pixels: PixelCache
-    embeds: EmbedCache
+    cache: PixelCache
     method: str
+    dtype: torch.dtype = torch.uint8
+
+    def read(self, uses: Sequence[Use], buffer: Buffer) -> Tensor:
+        """The crops of a batch, uint8 `[B, H, W, 3]`."""
+        images = buffer(len(uses), uses[0].plan.target.height, uses[0].plan.target.width, 3)
+        keys = [pixel_key(use.record.content, use.plan.intermediate, self.method) for use in uses]
+        self.cache.announce(keys)
+        for image, key, use in zip(images.numpy(), keys, uses):
+            self.cache.read_into(key, image, left=use.box[0], top=use.box[1])
+        return images
+
+
+@dataclass(frozen=True)
+class CachedMoments:
+    """What a VAE made of the crops of a dataset; see `CachedPixels`."""
+
+    cache: LatentCache
+    method: str
+    dtype: torch.dtype = torch.float16
+
+    def read(self, uses: Sequence[Use], buffer: Buffer) -> Tensor:
+        """The moments of a batch, float16 `[B, 2C, h, w]`."""
+        keys = [latent_key(use.record.content, use.plan.intermediate, self.method, use.box) for use in uses]
+        moments = buffer(len(uses), *self.cache.store.shape(keys[0]))
+        self.cache.announce(keys)
+        self.cache.read(keys, moments)
+        return moments
+
+
+class Source(NamedTuple):
+    """Where the images and the captions of one dataset are read, and its conditioning images if it has any."""
+
+    images: CachedPixels | CachedMoments
+    embeds: EmbedCache | Tokens
+    control: CachedPixels | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
     """Tensors of one batch: they live in reused buffers, so clone what has to outlast the following batch."""
 
-    images: Tensor  # uint8 [B, H, W, 3]
-    prompt_embeds: Tensor  # bfloat16 [B, 77, D]
+    images: Tensor  # what the model's space encodes: uint8 [B, H, W, 3], or moments float16 [B, 2C, h, w]
+    prompt_embeds: Tensor  # bfloat16 [B, 77, D]; for a text encoder in training the tokens, int64 [B, 77]
     uses: tuple[Use, ...]
     share: Share | None = None  # what of a whole batch it is, where several processes train
+    control: Tensor | None = None  # the conditioning images, uint8 [B, H, W, 3]
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, images=self.images.to(device), prompt_embeds=self.prompt_embeds.to(device))
+        control = None if self.control is None else self.control.to(device)
+        images, embeds = self.images.to(device), self.prompt_embeds.to(device)
+        return replace(self, images=images, prompt_embeds=embeds, control=control)
 
 
 class Collator:
@@ -66,19 +106,22 @@ class Collator:
         self._sources = sources
         self._prepared = prepared
         self._ahead = ahead
-        self._ring = cycle([_Slot(pin_memory) for _ in range(ahead + 1)])
+        [dtypes] = {(source.images.dtype, source.embeds.dtype) for source in sources.values()}
+        self._ring = cycle([_Slot(*dtypes, pin_memory) for _ in range(ahead + 1)])
 
     def __call__(self, plan: BatchPlan) -> Batch:
         source = self._sources[plan.dataset_id]
         slot = next(self._ring)
-        images = slot.images(len(plan.uses), plan.target.height, plan.target.width, 3)
-        keys = [pixel_key(use.record.content, use.plan.intermediate, source.method) for use in plan.uses]
-        source.pixels.announce(keys)
-        for image, key, use in zip(images.numpy(), keys, plan.uses):
-            source.pixels.read_into(key, image, left=use.box[0], top=use.box[1])
+        images = source.images.read(plan.uses, slot.images)
         embeds = slot.embeds(len(plan.uses), *source.embeds.row_shape)
         source.embeds.read([self._prepared[use.caption] for use in plan.uses], embeds)
-        return Batch(images, embeds, plan.uses, plan.share)
+        control = source.control and self._control(source.control, plan.uses, slot.control)
+        return Batch(images, embeds, plan.uses, plan.share, control)
+
+    @staticmethod
+    def _control(control: CachedPixels, uses: Sequence[Use], buffer: Buffer) -> Tensor:
+        """The conditioning images, by the plans and boxes of their images."""
+        return control.read([use._replace(record=use.record.control) for use in uses], buffer)
 
     def stream(self, plans: Iterable[tuple[Position, BatchPlan]]) -> Iterator[tuple[Position, Batch]]:
         """Each position with its batch, read ahead of their use by one thread."""
@@ -98,9 +141,10 @@ def prefetch(items: Iterable[Item], depth: int) -> Iterator[Item]:
 class _Slot:
     """The buffers of one batch; each grows to the largest size asked for, then is used again."""
 
-    def __init__(self, pin_memory: bool) -> None:
-        self.images = Buffer(torch.uint8, pin_memory)
-        self.embeds = Buffer(torch.bfloat16, pin_memory)
+    def __init__(self, images: torch.dtype, embeds: torch.dtype, pin_memory: bool) -> None:
+        self.images = Buffer(images, pin_memory)
+        self.embeds = Buffer(embeds, pin_memory)
+        self.control = Buffer(torch.uint8, pin_memory)
 
 
 class Buffer:

@@ -9,11 +9,12 @@ from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
+from helpers.caching.latents import LatentJob
 from helpers.caching.pixels import PixelJob
 from helpers.config.backends import ImageBackend
 from helpers.data.scan import DatasetError, LeftOut, Record, Scan
 from helpers.files import printable
-from helpers.images.geometry import Plan, Rules, plans, refusal
+from helpers.images.geometry import Plan, Rules, crop_box, plans, refusal
 from helpers.sizes import Size
 
 NAMED = 10
@@ -83,6 +84,29 @@ class Dataset:
             for size in dict.fromkeys(plan.intermediate for plan in choices)
         ]
 
+    def control_jobs(self, method: str) -> list[PixelJob]:
+        """The same for its conditioning images, which are brought to the sizes of their images."""
+        return [
+            PixelJob(record.control.path, record.control.content, size, method)
+            for record, choices in zip(self.records, self.plans)
+            for size in (dict.fromkeys(plan.intermediate for plan in choices) if record.control else ())
+        ]
+
+    def latent_jobs(self, method: str) -> list[LatentJob]:
+        """What the latent cache has to hold: the one crop of each image in each of its plans."""
+        return [
+            LatentJob(record.path, record.content, plan.intermediate, method, self.settled_box(record, plan))
+            for record, choices in zip(self.records, self.plans)
+            for plan in choices
+        ]
+
+    def settled_box(self, record: Record, plan: Plan) -> tuple[int, int, int, int]:
+        """The crop that an image keeps in all epochs: drawn from its content and the plan, whatever the run's seed."""
+        sizes = (*plan.intermediate, *plan.target)
+        digest = blake2b(f"{record.content} {sizes}".encode(), digest_size=16).digest()
+        u, v = (int.from_bytes(part, "little") / 2**64 for part in (digest[:8], digest[8:]))
+        return crop_box(plan.intermediate, plan.target, self.rules.box_style, u, v)
+
     def captions(self) -> list[str]:
         """Every caption that may be drawn, each once."""
         return list(dict.fromkeys(caption for record in self.records for caption in record.captions))
@@ -94,14 +118,16 @@ class Dataset:
     def digest(self) -> str:
         """A short hash of all that the batches of this dataset depend on, which a resumed run must find again.
 
-        That is, in order: each image's content, place in the folder, captions and plans; repeats, probability and the
-        style of the crops. 100,000 images take a quarter of a second.
+        That is, in order: each image's content, place in the folder, captions, plans, and its conditioning image's
+        content; repeats, probability and the style of the crops. 100,000 images take a quarter of a second.
         """
         planned = cache(_digested)  # images share few plans
         settings = (self.id, self.repeats, float(self.probability), self.rules.box_style)
         digest = blake2b(repr(settings).encode(), digest_size=16)
         for record, choices in zip(self.records, self.plans):
             digest.update(repr((record.content, self.relative(record), record.captions)).encode() + planned(choices))
+            if record.control:
+                digest.update(record.control.content.encode())
         return digest.hexdigest()
 
     def without(self, failures: Mapping[Path, str]) -> Dataset:
@@ -143,8 +169,10 @@ class Dataset:
         )
 
 
-def rules_for(backend: ImageBackend, alignment: int, enlarge: bool = True, smallest: int = 1) -> Rules:
-    """The geometry of a dataset; `alignment`, `enlarge` and `smallest` are the model's."""
+def rules_for(
+    backend: ImageBackend, alignment: int, enlarge: bool = True, smallest: int = 1, crops_once: bool = False
+) -> Rules:
+    """The geometry of a dataset; what is not in `backend` is the model's."""
     return Rules(
         resolution=backend.resolution,
         resolution_type=backend.resolution_type,
@@ -159,14 +187,20 @@ def rules_for(backend: ImageBackend, alignment: int, enlarge: bool = True, small
         target_downsample_size=backend.target_downsample_size,
         enlarge=enlarge,
         smallest=smallest,
+        crops_once=crops_once,
     )
 
 
 def plan_dataset(
-    backend: ImageBackend, found: Scan, alignment: int, enlarge: bool = True, smallest: int = 1
+    backend: ImageBackend,
+    found: Scan,
+    alignment: int,
+    enlarge: bool = True,
+    smallest: int = 1,
+    crops_once: bool = False,
 ) -> Dataset:
     """The dataset of one entry of the dataloader JSON, from the scan of its folder."""
-    rules = rules_for(backend, alignment, enlarge, smallest)
+    rules = rules_for(backend, alignment, enlarge, smallest, crops_once)
     return plan_images(backend.id, backend.instance_data_dir, rules, found, backend.repeats, backend.probability)
 
 

@@ -8,20 +8,27 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from helpers.caching.embeds import EmbedCache
+from helpers.caching.images import ImageCache
+from helpers.caching.latents import LatentCache
 from helpers.caching.pixels import PixelCache
+from helpers.caching.tokens import Tokens
 from helpers.captions.cleaning import erased_words
-from helpers.config.backends import Backends, ImageBackend
-from helpers.data.collate import Source
+from helpers.config.backends import Backends, ConditioningBackend, ImageBackend
+from helpers.data.collate import CachedMoments, CachedPixels, Source
 from helpers.data.dataset import Dataset, plan_dataset
+from helpers.data.pairing import pair, without_controls
 from helpers.data.scan import Captions, Scan, scan
+from helpers.models.spaces import Latents, Pixels
 from helpers.models.text import CLIP, T5, TextEncoder
 from helpers.processes import Processes
+from helpers.sizes import Size
 
 NULL_CAPTION = ""
 NAMED = 5
@@ -32,42 +39,49 @@ NAMED = 5
 class TextCaches:
     """The embed cache of each text entry of the dataloader JSON, by its id; the default serves all else.
 
+    Where the text encoder is trained, all of them are the captions' tokens instead.
     `prepared` has the text that was encoded for each caption (see `prepare_captions`).
     """
 
-    by_id: Mapping[str, EmbedCache]
+    by_id: Mapping[str, EmbedCache | Tokens]
     default_id: str
     prepared: Mapping[str, str]
 
     @property
-    def default(self) -> EmbedCache:
+    def default(self) -> EmbedCache | Tokens:
         return self.by_id[self.default_id]
 
 
 def scan_and_plan(
-    backend: ImageBackend, alignment: int, enlarge: bool = True, smallest: int = 1
+    backend: ImageBackend,
+    alignment: int,
+    enlarge: bool = True,
+    smallest: int = 1,
+    crops_once: bool = False,
+    conditioning: ConditioningBackend | None = None,
 ) -> tuple[Dataset, tuple[str, ...]]:
     """Find a dataset's images and plan each; also what the user should be told of them.
 
     Args:
-        alignment, enlarge, smallest: see `geometry.Rules`.
+        alignment, enlarge, smallest, crops_once: see `geometry.Rules`.
+        conditioning: where each image has its conditioning image, without which it is left out.
 
     Raises:
         DatasetError: the folder is missing, or nothing in it can be used.
     """
     found = scan_backend(backend)
-    return plan_dataset(backend, found, alignment, enlarge, smallest), found.notes
+    dataset = plan_dataset(backend, found, alignment, enlarge, smallest, crops_once)
+    if conditioning is None:
+        return dataset, found.notes
+    partners = scan_backend(conditioning)
+    dataset, notes = pair(dataset, partners, conditioning.instance_data_dir)
+    return dataset, found.notes + partners.notes + notes
 
 
-def scan_backend(backend: ImageBackend, may_be_empty: bool = False) -> Scan:
+def scan_backend(backend: ImageBackend | ConditioningBackend, may_be_empty: bool = False) -> Scan:
     """The images of one entry of the dataloader JSON; see `scan`."""
     folder = hashlib.blake2b(os.fsencode(backend.instance_data_dir), digest_size=8).hexdigest()
-    captions = Captions(
-        backend.caption_strategy,
-        backend.instance_prompt,
-        backend.prepend_instance_prompt,
-        backend.only_instance_prompt,
-    )
+    captions = _captions(backend) if isinstance(backend, ImageBackend) else None
     index = backend.cache_dir / f"scan-{folder}.jsonl"
     with tqdm(desc=f"scanning {backend.id}", unit="file", leave=False, delay=1) as bar:
 
@@ -78,6 +92,15 @@ def scan_backend(backend: ImageBackend, may_be_empty: bool = False) -> Scan:
         return scan(
             backend.id, backend.instance_data_dir, index, captions, on_progress=show, may_be_empty=may_be_empty
         )
+
+
+def _captions(backend: ImageBackend) -> Captions:
+    return Captions(
+        backend.caption_strategy,
+        backend.instance_prompt,
+        backend.prepend_instance_prompt,
+        backend.only_instance_prompt,
+    )
 
 
 def prepare_captions(text: T5 | CLIP, captions: Iterable[str]) -> dict[str, str]:
@@ -124,15 +147,76 @@ def _listed(words: Sequence[str]) -> str:
 
 def cache_pixels(
     dataset: Dataset, backend: ImageBackend, processes: Processes = Processes()
-) -> tuple[Dataset, PixelCache]:
+) -> tuple[Dataset, CachedPixels]:
     """Decode and shrink what is not cached yet; images that cannot be decoded leave the dataset, with the reason."""
-    pixels = PixelCache(backend.cache_dir)
-    jobs = dataset.pixel_jobs(backend.downsample_method)
-    own = pixels.build(jobs, name=f"dataset {dataset.id!r}", mine=processes.has)
+    pixels, method = PixelCache(backend.cache_dir), backend.downsample_method
+    failed = pixels.build(dataset.pixel_jobs(method), name=f"dataset {dataset.id!r}", mine=processes.has)
+    return _without_failed(dataset, failed, pixels, processes), CachedPixels(pixels, method)
+
+
+def cache_controls(
+    dataset: Dataset, backend: ImageBackend, conditioning: ConditioningBackend, processes: Processes = Processes()
+) -> tuple[Dataset, CachedPixels]:
+    """As `cache_pixels`, of the conditioning images of a dataset; their images leave it with them."""
+    pixels, method = PixelCache(conditioning.cache_dir), backend.downsample_method
+    name = f"conditioning images {conditioning.id!r}"
+    failed = _of_all(pixels.build(dataset.control_jobs(method), name=name, mine=processes.has), pixels, processes)
+    return without_controls(dataset, failed), CachedPixels(pixels, method)
+
+
+def cached_sizes(dataset: Dataset, method: str, space: Pixels | Latents) -> dict[str, int]:
+    """Bytes of each record in the cache of a dataset's images, by its key."""
+    if isinstance(space, Pixels):
+        return {job.key: space.cached_bytes(job.size) for job in dataset.pixel_jobs(method)}
+    crops = {job.key: job.box for job in dataset.latent_jobs(method)}
+    return {key: space.cached_bytes(Size(box[2] - box[0], box[3] - box[1])) for key, box in crops.items()}
+
+
+class VAE:
+    """A VAE that is loaded only if there is anything to encode."""
+
+    def __init__(self, space: Latents, folder: Path, device: torch.device, variant: str | None = None) -> None:
+        self.fingerprint = space.fingerprint(folder, variant)
+        self._space, self._device = space, device
+        self._load = cache(lambda: space.load(folder, device, variant))
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Latents.moments`."""
+        return self._space.moments(self._load(), images)
+
+    def close(self) -> None:
+        """Give its memory back."""
+        self._load.cache_clear()
+        _give_back_memory(self._device)
+
+
+def cache_latents(
+    dataset: Dataset, backend: ImageBackend, vae: VAE, batch_size: int, processes: Processes = Processes()
+) -> tuple[Dataset, CachedMoments]:
+    """As `cache_pixels`, but what is cached is what a VAE makes of each crop.
+
+    Args:
+        batch_size: crops that are encoded at a time.
+    """
+    latents, method = LatentCache(backend.cache_dir, vae.fingerprint), backend.downsample_method
+    name = f"dataset {dataset.id!r}"
+    failed = latents.encode(dataset.latent_jobs(method), vae, batch_size, name, processes.has)
+    return _without_failed(dataset, failed, latents, processes), CachedMoments(latents, method)
+
+
+def _without_failed(
+    dataset: Dataset, own: Mapping[Path, str], images: ImageCache, processes: Processes
+) -> Dataset:
+    """The dataset without what any process could not decode; see `_of_all`."""
+    return dataset.without(_of_all(own, images, processes))
+
+
+def _of_all(own: Mapping[Path, str], images: ImageCache, processes: Processes) -> dict[Path, str]:
+    """What any process could not decode; afterwards all of them have what the others cached."""
     failed = processes.union({os.fspath(path): reason for path, reason in own.items()})
     if processes.count > 1:
-        pixels.store.refresh()
-    return dataset.without({Path(path): reason for path, reason in failed.items()}), pixels
+        images.store.refresh()
+    return {Path(path): reason for path, reason in failed.items()}
 
 
 def open_text_caches(
@@ -143,6 +227,12 @@ def open_text_caches(
     by_id = {entry.id: EmbedCache(entry.cache_dir, fingerprint) for entry in backends.text_embeds}
     default = next((entry for entry in backends.text_embeds if entry.default), backends.text_embeds[0])
     return TextCaches(by_id, default.id, prepared)
+
+
+def tokenized_texts(text: CLIP, model: Path, backends: Backends, prepared: Mapping[str, str]) -> TextCaches:
+    """The tokens of all captions and prompts, in place of embed caches: for a text encoder in training."""
+    tokens, entries = Tokens(prepared.values(), text.tokenizer(model)), backends.text_embeds
+    return TextCaches({entry.id: tokens for entry in entries}, entries[0].id, prepared)
 
 
 def cache_texts(
@@ -194,6 +284,11 @@ def _give_back_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def source_of(backend: ImageBackend, pixels: PixelCache, texts: TextCaches) -> Source:
+def source_of(
+    backend: ImageBackend,
+    images: CachedPixels | CachedMoments,
+    texts: TextCaches,
+    control: CachedPixels | None = None,
+) -> Source:
     """Where the collator reads a dataset's samples."""
-    return Source(pixels, texts.by_id[backend.text_embeds], backend.downsample_method)
+    return Source(images, texts.by_id[backend.text_embeds], control)

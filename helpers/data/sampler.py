@@ -228,7 +228,10 @@ class _Deck:
         index, repeat = divmod(card, self._times)
         record, plan = self.dataset.records[index], self.dataset.plans[index][choice]
         draws = _draws(self._identities[index], epoch, repeat)
-        box = crop_box(plan.intermediate, plan.target, self._style, draws.crop_u, draws.crop_v)
+        if self.dataset.rules.crops_once:
+            box = self.dataset.settled_box(record, plan)
+        else:
+            box = crop_box(plan.intermediate, plan.target, self._style, draws.crop_u, draws.crop_v)
         dropped = draws.dropout < caption_dropout_probability
         caption = "" if dropped else record.captions[int(draws.caption * len(record.captions))]
         return Use(record, plan, box, caption, dropped)

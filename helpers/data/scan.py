@@ -65,7 +65,8 @@ class Record:
     """One usable image.
 
     `content` is the SHA-256 of the file's bytes in hex, `size` is after EXIF orientation, `captions` are the
-    alternatives of which one is drawn at each use, not yet cleaned.
+    alternatives of which one is drawn at each use, not yet cleaned. `control` is its conditioning image, where a
+    ControlNet is trained.
     """
 
     dataset_id: str
@@ -73,6 +74,7 @@ class Record:
     content: str
     size: Size
     captions: tuple[str, ...]
+    control: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def scan(
     dataset_id: str,
     folder: Path,
     index_path: Path,
-    captions: Captions,
+    captions: Captions | None,
     workers: int | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     may_be_empty: bool = False,
@@ -170,6 +172,7 @@ def scan(
 
     Args:
         index_path: a JSON-lines file outside of the folder, made if absent and renewed.
+        captions: None for images that need none.
         workers: threads that open files; None for one per core.
         on_progress: told now and then how many of how many files were opened; never called if none has to be.
         may_be_empty: return also what holds no image that can be used.
@@ -324,7 +327,7 @@ def _index_line(key: str, entry: Entry) -> str:
 
 
 def _sorted_out(
-    dataset_id: str, images: Sequence[Found], entries: Mapping[str, Entry], captions: Captions
+    dataset_id: str, images: Sequence[Found], entries: Mapping[str, Entry], captions: Captions | None
 ) -> tuple[list[Record], list[LeftOut]]:
     records, left_out = [], []
     for file in images:
@@ -333,7 +336,7 @@ def _sorted_out(
             left_out.append(LeftOut(file.path, entry.reason))
             continue
         try:
-            texts = captions.of(file.path)
+            texts = captions.of(file.path) if captions else ()
         except MissingCaption as error:
             left_out.append(LeftOut(file.path, NO_CAPTION + error.reason))
             continue
@@ -348,7 +351,9 @@ def _notes(images: Sequence[Found], entries: Mapping[str, Entry]) -> tuple[str, 
     return (f"{len(longer)} images have several frames or pages, of which only the first is used: {_examples(longer)}",)
 
 
-def _nothing_usable(dataset_id: str, folder: Path, result: Scan, captions: Captions, files: Sequence[Found]) -> str:
+def _nothing_usable(
+    dataset_id: str, folder: Path, result: Scan, captions: Captions | None, files: Sequence[Found]
+) -> str:
     start = f"dataset {dataset_id!r}: "
     uncaptioned = [item for item in result.left_out if item.reason.startswith(NO_CAPTION)]
     if uncaptioned:

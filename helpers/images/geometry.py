@@ -28,7 +28,8 @@ class Rules:
     `resolution`, `minimum_image_size`, `maximum_image_size` and `target_downsample_size` are edges in pixels where
     `resolution_type` is "pixel", megapixels (1.0 = 1,000,000 pixels) where it is "area". `crop_aspect_buckets` holds
     (width / height, weight) pairs and is read only where `crop_aspect` is "random". Without `enlarge`, images that do
-    not fill their target are left out, and so are those whose target has an edge below `smallest` pixels.
+    not fill their target are left out, and so are those whose target has an edge below `smallest` pixels. With
+    `crops_once` an image keeps the crop that is drawn for it, whatever the epoch.
 
     Raises:
         ValueError: if the resolution is not a multiple of the alignment, or half of the downsampling pair is missing.
@@ -47,6 +48,7 @@ class Rules:
     target_downsample_size: float | None = None
     enlarge: bool = True
     smallest: int = 1
+    crops_once: bool = False
 
     def __post_init__(self) -> None:
         if self.in_pixels and self.resolution % self.alignment:

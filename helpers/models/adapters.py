@@ -1,4 +1,5 @@
-"""What of a model is trained, and how that is saved: the axis whose members are `lora`, `full` and `bitfit`."""
+"""What of a model is trained, and how that is saved: the axis whose members are `lora`, `full`, `bitfit` and
+`controlnet`."""
 
 from __future__ import annotations
 
@@ -31,6 +32,15 @@ class Adapter(Protocol):
 
     def export(self, denoiser: Denoiser, base: Path, output: Path) -> Path:
         """Write the finished result into the output folder; returns its path."""
+
+
+def parameter_groups(denoiser: Denoiser) -> list[list[torch.nn.Parameter]]:
+    """What is trained, in groups that may have learning rates of their own: the text encoder's, if any, comes last."""
+    if denoiser.text_encoder is None:
+        return [trainable_parameters(denoiser)]
+    texts = trainable_parameters(denoiser.text_encoder)
+    known = {id(parameter) for parameter in texts}
+    return [[one for one in trainable_parameters(denoiser) if id(one) not in known], texts]
 
 
 def trainable_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

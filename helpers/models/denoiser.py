@@ -29,9 +29,18 @@ class Denoiser(nn.Module):
         self.controlnet = controlnet
 
     @property
+    def nets(self) -> tuple[UNet2DConditionModel | ControlNetModel, ...]:
+        """The UNet, and the ControlNet where there is one: what is made of blocks."""
+        return (self.unet,) if self.controlnet is None else (self.unet, self.controlnet)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the UNet's inputs are cast to."""
         return self.unet.dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The embeddings `[B, length, D]` of captions, from their tokens, int64 `[B, length]`, by the text encoder."""
+        return self.text_encoder(tokens).last_hidden_state
 
     def forward(
         self, x: Tensor, t: Tensor, text: Tensor, class_labels: Tensor | None = None, control: Tensor | None = None
@@ -42,15 +51,16 @@ class Denoiser(nn.Module):
             x: `[B, C, H, W]`.
             t: int64 `[B]`.
             text: embeddings `[B, length, D]`, or the captions' tokens, int64 `[B, length]`, for the text encoder.
-            control: the conditioning images for the ControlNet, `[B, 3, H, W]` in 0..1.
+            control: the conditioning images for the ControlNet, uint8 `[B, H, W, 3]`.
         """
         x = x.to(self.dtype)
         if self.text_encoder is not None:
-            text = self.text_encoder(text).last_hidden_state
+            text = self.embed(text)
         # No attention mask: IF's pipelines never pass one, and its UNet was trained to see all positions.
         text = text.to(self.dtype)
         added = {}
         if self.controlnet is not None:
-            down, middle = self.controlnet(x, t, text, control.to(self.dtype), return_dict=False)
+            hint = control.permute(0, 3, 1, 2).float().div_(255).to(self.dtype)  # as its pipeline makes them
+            down, middle = self.controlnet(x, t, text, hint, return_dict=False)
             added = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
         return self.unet(x, t, text, class_labels=class_labels, **added).sample

@@ -55,9 +55,10 @@ class AdapterFacts(Origin):
     """What a saved adapter is.
 
     Attributes:
-        kind: lora, dora or bitfit; bitfit alone has neither rank nor alpha nor targets.
+        kind: lora, dora, bitfit or controlnet; the first two alone have a rank, an alpha and targets.
         rslora: the adapter's output is scaled by alpha / sqrt(rank) instead of alpha / rank.
         targets: the layers that have an adapter, a key of `config.families.LORA_TARGETS`.
+        text_encoder_rank, text_encoder_alpha: those of the text encoder's adapter, where it has one in the same file.
         ranks: other ranks for some of them, as the option `lora_rank_pattern` has them; None where there are none.
     """
 
@@ -67,6 +68,8 @@ class AdapterFacts(Origin):
     targets: str | None = None
     ranks: str | None = None
     rslora: bool = False
+    text_encoder_rank: int | None = None
+    text_encoder_alpha: float | None = None
 
 
 def variance_type_of(folder: Path) -> str | None:

@@ -19,5 +19,6 @@ SPECS = {
         conditioning=TextOnly(),
         pipeline="StableDiffusionPipeline",
         predictions=("epsilon", "v_prediction"),
+        controlnet_pipeline="StableDiffusionControlNetPipeline",
     ),
 }

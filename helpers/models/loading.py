@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
-from helpers.config.families import MODEL_TYPES, Family
+from helpers.config.families import FAMILIES, MODEL_TYPES, Family
 from helpers.config.jsonfile import MAX_BYTES, BadJson, load_json
 from helpers.config.options import ROWS, LossOptions
 from helpers.config.problems import found
@@ -26,6 +26,7 @@ from helpers.models.errors import OPTION, WeightsError, unfit
 from helpers.models.families import SPECS
 from helpers.models.parts import LossSettings, Parts, put_together
 from helpers.models.schedulers import ZERO_TERMINAL_SNR, prediction_type_of, schedule_of
+from helpers.models.spaces import Latents
 from helpers.models.spec import Spec
 
 LARGEST_JSON = 100_000_000  # bytes; tokenizer.json with a vocabulary of 250,000 pieces has 17 MB
@@ -109,8 +110,10 @@ def unreachable(name: str, error: Exception) -> str:
         reason = f"does not exist, or not for you: check its spelling; if it is private or gated, {login}."
     else:
         reason = f"cannot be reached: check the network; if it is gated, {login}."
+    copies = (family.flavours[family.former_names[name]] for family in FAMILIES if name in family.former_names)
+    moved = next((f" It was taken off the hub; a copy of it is {copy!r}." for copy in copies if copy != name), "")
     return (
-        f"{OPTION}: {name!r} is not a folder here, and on the Hugging Face hub it {reason}"
+        f"{OPTION}: {name!r} is not a folder here, and on the Hugging Face hub it {reason}{moved}"
         " Or download the model elsewhere and name its folder instead:"
         f' export MODEL_NAME="/path/to/{name.rsplit("/")[-1]}".'
     )
@@ -202,6 +205,12 @@ def _require_readable(folder: Path, spec: Spec) -> None:
         raise WeightsError(f"{OPTION}: {adapter} makes the text encoder an adapter of another one: merge it first.")
 
 
+def trained_edge(spec: Spec, folder: Path) -> int | None:
+    """The edge in pixels of the images that the weights were made for, of models in latents."""
+    edge = _json(folder / "unet" / "config.json").get("sample_size")
+    return edge * spec.space.factor if isinstance(spec.space, Latents) and isinstance(edge, int) else None
+
+
 def check_weight_files(folder: Path, variant: str | None, spec: Spec) -> None:
     """See that the weights themselves are there, in the variant that is asked for, and as safetensors.
 
@@ -282,9 +291,18 @@ def _json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
 
 
 def load(
-    spec: Spec, folder: Path, dtype: torch.dtype, variant: str | None = None, loss: LossSettings = LossSettings()
+    spec: Spec,
+    folder: Path,
+    dtype: torch.dtype,
+    variant: str | None = None,
+    loss: LossSettings = LossSettings(),
+    with_text_encoder: bool = False,
 ) -> Parts:
-    """Read the UNet in `dtype` and the schedulers; betas and channels are the checkpoint's own."""
+    """Read the UNet in `dtype` and the schedulers; betas and channels are the checkpoint's own.
+
+    Args:
+        with_text_encoder: put the text encoder beside the UNet, to be trained too, in the same dtype.
+    """
     try:
         # Never a pickled file, which diffusers would fall back to.
         unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant, use_safetensors=True)
@@ -296,4 +314,5 @@ def load(
         raise
     except Exception as error:  # whatever a config of any content makes diffusers raise
         raise unfit("the UNet or a scheduler", folder, error) from error
-    return put_together(spec, unet, *schedules, loss, predicted)
+    text_encoder = spec.text.trainable(folder, dtype, variant) if with_text_encoder else None
+    return put_together(spec, unet, *schedules, loss, predicted, text_encoder)

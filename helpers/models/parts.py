@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from helpers.diffusion.noising import Schedule
 from helpers.diffusion.objective import EpsilonObjective, VelocityObjective
@@ -74,11 +75,13 @@ def put_together(
     low_res_schedule: Schedule | None = None,
     loss: LossSettings = LossSettings(),
     prediction_type: str = "epsilon",
+    text_encoder: PreTrainedModel | None = None,
 ) -> Parts:
     """The parts of a model; whether it predicts a variance is seen from its UNet.
 
     Args:
         prediction_type: "epsilon" or "v_prediction".
+        text_encoder: where it is trained too.
     """
     predicts_variance = unet.config.out_channels == 2 * spec.space.channels
     of_velocity = prediction_type == "v_prediction"
@@ -89,7 +92,7 @@ def put_together(
         objective = EpsilonObjective(schedule, predicts_variance and loss.trains_variance, weights)
     return Parts(
         spec=spec,
-        denoiser=Denoiser(unet),
+        denoiser=Denoiser(unet, text_encoder).eval(),
         schedule=schedule,
         low_res_schedule=low_res_schedule,
         objective=objective,

@@ -22,6 +22,17 @@ LIKE: Mapping[str, str] = MappingProxyType(
 """Models of several names and one architecture."""
 
 
+def text_encoder_of(architecture: Path) -> Path:
+    """The `config.json` of the text encoder that a UNet is trained with: in its pipeline's folder, or published.
+
+    Args:
+        architecture: that of the UNet.
+    """
+    if architecture.parent == ARCHITECTURES:
+        return architecture.with_name(architecture.name.replace("_unet", "_text_encoder"))
+    return architecture.parent.parent / "text_encoder" / architecture.name
+
+
 def architecture(hub_id: str) -> Path | None:
     """The `config.json` of a published model's UNet; None for other models."""
     owner, _, name = hub_id.partition("/")

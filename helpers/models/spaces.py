@@ -22,11 +22,13 @@ class Pixels:
     Attributes:
         component: the folder of the pipeline that leads into the space, where there is one.
         crops_once: whether an image keeps the crop that was drawn for it, since what is cached is made of the crop.
+        cached: what is cached of images, in a word.
     """
 
     channels: int = 3
     component: str | None = None
     crops_once: bool = False
+    cached: str = "pixels"
 
     def encode(self, images: Tensor, draws: Draws) -> Tensor:
         """uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]` in [-1, 1], on the same device."""
@@ -35,6 +37,10 @@ class Pixels:
     def size(self, image: Size) -> Size:
         """The extent of x for an image, both in pixels."""
         return image
+
+    def cached_bytes(self, image: Size) -> int:
+        """What an image of this size takes in its cache."""
+        return self.channels * image.width * image.height
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Latents:
     factor: int = 8
     component: str | None = "vae"
     crops_once: bool = True
+    cached: str = "latents"
 
     def encode(self, moments: Tensor, draws: Draws) -> Tensor:
         """x ~ N(mean, std^2), float32 `[B, C, h, w]`.
@@ -63,6 +70,10 @@ class Latents:
 
     def size(self, image: Size) -> Size:
         return Size(image.width // self.factor, image.height // self.factor)
+
+    def cached_bytes(self, image: Size) -> int:
+        width, height = self.size(image)
+        return 2 * self.channels * width * height * torch.float16.itemsize
 
     def fingerprint(self, folder: Path, variant: str | None = None) -> dict[str, str]:
         """What determines the cached moments besides the image: those of another VAE are made anew."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from helpers.models.conditioning import NoisedLowRes, TextOnly
 from helpers.models.spaces import Latents, Pixels
@@ -18,6 +18,12 @@ class Spec:
     conditioning: TextOnly | NoisedLowRes
     pipeline: str  # the class of diffusers that samples it
     predictions: tuple[str, ...] = ("epsilon",)  # what its UNets may predict
+    controlnet_pipeline: str | None = None  # the class that samples it with a ControlNet, where it can have one
+
+    @property
+    def with_controlnet(self) -> Spec:
+        """The same family, sampled with a ControlNet."""
+        return replace(self, pipeline=self.controlnet_pipeline)
 
     @property
     def in_channels(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPTextModel, PreTrainedModel, PreTrainedTokenizerBase, T5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    BatchEncoding,
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5EncoderModel,
+)
 
 from helpers.captions.cleaning import clean
 from helpers.models.errors import unfit
@@ -27,12 +36,14 @@ class T5:
     Attributes:
         width_key: where the encoder's configuration tells the width of an embedding, D.
         reader_key: where the UNet's configuration tells the width that it reads.
+        published: what the published encoders take of memory, in words.
     """
 
     length: int = 77
     cleaning: str = "deepfloyd-if, twice"  # what `prepare` does, by a name that never changes its meaning
     width_key: str = "d_model"
     reader_key: str = "encoder_hid_dim"
+    published: str = "T5-XXL takes 10 GB"
 
     def prepare(self, caption: str) -> str:
         """The caption as IF was trained to read it: lower-cased and cleaned."""
@@ -67,6 +78,7 @@ class CLIP:
     cleaning: str = "none"
     width_key: str = "hidden_size"
     reader_key: str = "cross_attention_dim"
+    published: str = "ones take 0.5 GB (1.x) and 1.4 GB (2.x)"
 
     def prepare(self, caption: str) -> str:
         """The caption itself: CLIP's tokenizer makes it lower-case."""
@@ -88,6 +100,21 @@ class CLIP:
         # CLIP is small: in float32 its embeddings lose no more than bfloat16 rounds of them.
         return TextEncoder(CLIPTextModel, self.length, folder, device, variant, torch.float32)
 
+    def tokenizer(self, folder: Path) -> Tokenizer:
+        """What reads captions for a text encoder in training."""
+        with _words_for_any_error(folder):
+            return Tokenizer(folder, self.length)
+
+    def trainable(self, folder: Path, dtype: torch.dtype, variant: str | None = None) -> CLIPTextModel:
+        """The encoder without its tokenizer, to be trained as a part of a `Denoiser`."""
+        with _words_for_any_error(folder):
+            return _encoder(CLIPTextModel, folder, dtype, variant)
+
+    def untrained(self, config: Path) -> CLIPTextModel:
+        """An encoder of this architecture, its `config.json`, with random weights."""
+        with _words_for_any_error(config.parent.parent):
+            return CLIPTextModel(CLIPTextConfig.from_json_file(config))
+
 
 class TextEncoder:
     """A loaded text encoder and its tokenizer. Drop the last reference to it to free the memory."""
@@ -104,19 +131,15 @@ class TextEncoder:
     ) -> None:
         self.length = length
         self.masks_padding = masks_padding
-        # Said outright, since left open it asks at the console whether to run the code that a tokenizer brings along.
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False)
-            model = kind.from_pretrained(folder / "text_encoder", dtype=dtype, variant=variant, use_safetensors=True)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # tokenizers raises a bare one
-            raise unfit("the text encoder or its tokenizer", folder, error) from error
+        with _words_for_any_error(folder):
+            self.tokenizer = Tokenizer(folder, length)
+            model = _encoder(kind, folder, dtype, variant)
         self.model = model.to(device).eval()
 
     def length_of(self, text: str) -> int:
         """Tokens of `text`, before any are cut off."""
-        return _length(self.tokenizer, text)
+        [length] = self.tokenizer.lengths([text])
+        return length
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -125,20 +148,57 @@ class TextEncoder:
         All positions count, the padded ones too: what the encoder puts there depends on the text, and the UNet attends
         to them.
         """
-        tokens = self.tokenizer(
-            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(self.model.device)
+        tokens = self.tokenizer(texts).to(self.model.device)
         mask = tokens.attention_mask if self.masks_padding else None
         return self.model(tokens.input_ids, attention_mask=mask).last_hidden_state.to("cpu", DTYPE)
 
 
+class Tokenizer:
+    """From prepared texts to the tokens that an encoder reads, always `length` of them."""
+
+    def __init__(self, folder: Path, length: int) -> None:
+        self.length = length
+        self._tokenizer = _tokenizer(folder / "tokenizer")
+
+    def __call__(self, texts: Sequence[str]) -> BatchEncoding:
+        """`input_ids`, int64 `[B, length]`, and their `attention_mask`."""
+        return self._tokenizer(
+            list(texts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text has, before any are cut off."""
+        return [len(tokens) for tokens in self._tokenizer(list(texts)).input_ids]
+
+
 def length_counter(tokenizer: Path) -> Callable[[str], int]:
     """From a prepared text to its tokens, before any are cut off, by the tokenizer in a folder."""
-    return partial(_length, AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
+    return partial(_length, _tokenizer(tokenizer))
 
 
 def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     return len(tokenizer(text).input_ids)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    # Said outright, since left open it asks at the console whether to run the code that a tokenizer brings along.
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _encoder(
+    kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype, variant: str | None
+) -> PreTrainedModel:
+    return kind.from_pretrained(folder / "text_encoder", dtype=dtype, variant=variant, use_safetensors=True)
+
+
+@contextmanager
+def _words_for_any_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # tokenizers raises a bare one
+        raise unfit("the text encoder or its tokenizer", folder, error) from error
 
 
 def _fingerprint(text: T5 | CLIP, folder: Path, variant: str | None) -> dict[str, str]:

@@ -32,10 +32,10 @@ class AdamWBf16(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
+        generators = Generators(self.param_groups[0]["step"] + 1)
         for group in self.param_groups:
             group["step"] += 1
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            generators = Generators(group["step"])
             states = [self._state_of(parameter) for parameter in parameters]
             rows = (
                 parameters,

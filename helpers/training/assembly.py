@@ -13,23 +13,26 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from torch.amp import GradScaler
 
 from helpers.config.options import ROWS, Config, LossOptions, OptimizerOptions, TrainingOptions
 from helpers.data.sampler import Dealt
 from helpers.diffusion.timesteps import TimestepBias
 from helpers.files import is_full
 from helpers.models import loading
-from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.adapters import Adapter, parameter_groups, trainable_parameters
 from helpers.models.bitfit import BitFit
+from helpers.models.controlnet import ControlNet
+from helpers.models.denoiser import Denoiser
 from helpers.models.full import Full
-from helpers.models.gradient_checkpointing import checkpoint_everything
+from helpers.models.gradient_checkpointing import checkpoint_everything, checkpoint_text_encoder
 from helpers.models.lora import LoRA
 from helpers.models.parts import LossSettings
 from helpers.models.spec import Spec
 from helpers.processes import Processes
 from helpers.training.ema import EMA
 from helpers.training.loop import Run
-from helpers.training.optimizers import OPTIMIZERS, AdamSettings
+from helpers.training.optimizers import OPTIMIZERS, RATE_FACTOR, AdamSettings, Trained
 from helpers.training.schedules import LearningRate
 
 _SHAPES = "the saved weights are those of another adapter"
@@ -49,7 +52,11 @@ IDENTITY: Mapping[str, str] = MappingProxyType({
     "lora_targets": _SHAPES,
     "use_dora": _SHAPES,
     "use_rslora": "the saved weights were learned at that scale",
+    "train_text_encoder": _SHAPES,
+    "text_encoder_lora_rank": _SHAPES,
+    "text_encoder_lora_alpha": "the saved weights were learned at that scale",
     "use_bitfit": _SHAPES,
+    "controlnet": _SHAPES,
     "optimizer": _STATE,
     "mixed_precision": _DTYPES,
     "pure_bf16": _DTYPES,
@@ -65,7 +72,7 @@ UNTOLD = frozenset({"output_dir", "resume_from_checkpoint", "dry_run"})
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtypes of frozen and of trained weights, and accelerate's word for the autocast around the forward pass."""
+    """The dtypes of frozen and of trained weights, and the word for the autocast around the forward pass."""
 
     frozen: torch.dtype
     trained: torch.dtype
@@ -78,6 +85,8 @@ def precision_of(training: TrainingOptions) -> Precision:
         return Precision(torch.float32, torch.float32, "no")
     if training.pure_bf16:
         return Precision(torch.bfloat16, torch.bfloat16, "no")
+    if training.mixed_precision == "fp16":
+        return Precision(torch.float16, torch.float32, "fp16")
     return Precision(torch.bfloat16, torch.float32, "bf16")
 
 
@@ -88,7 +97,8 @@ def loaded_dtype(adapter: Adapter, precision: Precision) -> torch.dtype:
 
 def with_usable_attention(config: Config) -> Config:
     """The config itself; where its xformers cannot be used here, with PyTorch's own attention, which is said."""
-    problem = xformers_problem() if config.training.attention_mechanism == "xformers" else None
+    half = torch.float16 if config.training.mixed_precision == "fp16" else torch.bfloat16
+    problem = xformers_problem(half) if config.training.attention_mechanism == "xformers" else None
     if problem is None:
         return config
     label = ROWS["attention_mechanism"].label
@@ -96,8 +106,8 @@ def with_usable_attention(config: Config) -> Config:
     return config.model_copy(update={"training": config.training.model_copy(update={"attention_mechanism": "sdpa"})})
 
 
-def xformers_problem() -> str | None:
-    """Why xformers cannot train here, in a line; None if it can.
+def xformers_problem(half: torch.dtype) -> str | None:
+    """Why xformers cannot train here, in float32 and a dtype of two bytes, in a line; None if it can.
 
     A build for another GPU or another PyTorch can be imported, and fails in its first kernel; some have only the
     forward one.
@@ -106,7 +116,7 @@ def xformers_problem() -> str | None:
     try:
         from xformers.ops import memory_efficient_attention
 
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, half):
             x = torch.zeros(1, 2, 40, device=device, dtype=dtype, requires_grad=True)
             memory_efficient_attention(x, x, x).sum().backward()
     except Exception as error:  # whatever it is, there is another attention
@@ -117,11 +127,12 @@ def xformers_problem() -> str | None:
 def create_accelerator(config: Config) -> Accelerator:
     """accelerate's part of a run, with its tracker writing below `output_dir/logs`."""
     training, run = config.training, config.run
+    autocast = precision_of(training).autocast
     torch.backends.cuda.matmul.allow_tf32 = training.allow_tf32
     torch.backends.cudnn.allow_tf32 = training.allow_tf32
     return Accelerator(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        mixed_precision=precision_of(training).autocast,
+        mixed_precision="no" if autocast == "fp16" else autocast,  # fp16 is the run's own: see `Run.scaler`
         # Gradients are summed where they lie, without a second copy of them.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         log_with=None if run.report_to == "none" else run.report_to,
@@ -153,14 +164,26 @@ def _leave_full_disks_to_the_run() -> None:
 
 
 def adapter_of(config: Config) -> Adapter:
-    """What MODEL_TYPE says is trained."""
+    """What MODEL_TYPE, and the options that narrow it, say is trained."""
+    if config.training.controlnet:
+        return ControlNet()
     if config.training.use_bitfit:
         return BitFit(config.model.variant)
     if config.training_kind == "full":
         return Full(config.model.variant)
     lora = config.lora
     alpha = lora.lora_alpha if lora.lora_alpha is not None else lora.lora_rank
-    return LoRA(lora.lora_rank, alpha, lora.lora_dropout, lora.lora_targets, lora.use_dora, lora.use_rslora, lora.ranks)
+    return LoRA(
+        lora.lora_rank,
+        alpha,
+        lora.lora_dropout,
+        lora.lora_targets,
+        lora.use_dora,
+        lora.use_rslora,
+        lora.ranks,
+        (lora.text_encoder_lora_rank or lora.lora_rank) if lora.train_text_encoder else None,
+        lora.text_encoder_lora_alpha,
+    )
 
 
 class Ending(NamedTuple):
@@ -240,6 +263,15 @@ def learning_rate_of(optimizer: OptimizerOptions, steps: int) -> LearningRate:
     )
 
 
+def _trained(denoiser: Denoiser, config: Config) -> Trained:
+    """What the optimizer trains: with a text encoder in two groups, each with its own rate."""
+    unet, *texts = parameter_groups(denoiser)
+    if not texts:
+        return unet
+    highest, own = config.optimizer.learning_rate, config.lora.text_encoder_learning_rate
+    return [{"params": unet}, {"params": texts[0], RATE_FACTOR: (own or highest) / highest}]
+
+
 def create_run(
     config: Config,
     spec: Spec,
@@ -251,6 +283,8 @@ def create_run(
 ) -> Run:
     """Load the UNet, attach what is trained, and make the optimizer: a run at step 0.
 
+    Beside the UNet stands the text encoder where that is trained too.
+
     Args:
         config: from `with_usable_attention`.
         steps: optimizer steps of the whole run.
@@ -258,16 +292,20 @@ def create_run(
     training, precision = config.training, precision_of(config.training)
     torch.manual_seed(training.seed)  # the adapter's first values
     dtype = loaded_dtype(adapter, precision)
-    parts = loading.load(spec, folder, dtype, config.model.variant, loss_settings(config.loss))
+    loss, with_text_encoder = loss_settings(config.loss), config.lora.train_text_encoder
+    parts = loading.load(spec, folder, dtype, config.model.variant, loss, with_text_encoder)
     adapter.attach(parts.denoiser, precision.trained)
-    if training.gradient_checkpointing:
-        checkpoint_everything(parts.unet)
-    if training.attention_mechanism == "xformers":
-        parts.unet.enable_xformers_memory_efficient_attention()
+    for net in parts.denoiser.nets:
+        if training.gradient_checkpointing:
+            checkpoint_everything(net)
+        if training.attention_mechanism == "xformers":
+            net.enable_xformers_memory_efficient_attention()
+    if training.gradient_checkpointing and with_text_encoder:
+        checkpoint_text_encoder(parts.denoiser.text_encoder)
     parts = parts.to(accelerator.device)
     options = config.optimizer
     adam = AdamSettings(options.adam_beta1, options.adam_beta2, options.adam_epsilon, options.adam_weight_decay)
-    optimizer = OPTIMIZERS[options.optimizer](trainable_parameters(parts.denoiser), options.learning_rate, adam)
+    optimizer = OPTIMIZERS[options.optimizer](_trained(parts.denoiser, config), options.learning_rate, adam)
     denoiser, optimizer = accelerator.prepare(parts.denoiser, optimizer)
     if processes.rank:
         torch.manual_seed(training.seed + processes.rank)  # dropout of its own; all else that is drawn is the same
@@ -280,6 +318,7 @@ def create_run(
         max_grad_norm=training.max_grad_norm,
         max_nonfinite_steps=training.max_nonfinite_steps,
         generator=torch.Generator(accelerator.device).manual_seed(training.seed),
+        scaler=GradScaler(accelerator.device.type, enabled=precision.autocast == "fp16"),
         processes=processes,
         ema=EMA(trainable_parameters(parts.denoiser), options.ema_decay) if options.use_ema else None,
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch.amp import GradScaler
 from tqdm import tqdm
 
 from helpers.data.collate import Batch
@@ -22,12 +23,14 @@ from helpers.models.parts import Parts
 from helpers.processes import Processes
 from helpers.training.ema import EMA
 from helpers.training.nonfinite import Passed, all_finite, describe, gradient_norm, reports
-from helpers.training.optimizers import restore_state
+from helpers.training.optimizers import restore_state, set_rate
 from helpers.training.requests import Requests
 from helpers.training.schedules import LearningRate
 from helpers.training.step import training_loss
 
 REPORT_SECONDS = 0.5
+LEAST_SCALE = 1.0
+"""Of the loss in float16: below it only gradients that are too large by themselves, above 65,504, are infinite."""
 
 
 class NonFiniteLoss(Exception):
@@ -47,6 +50,9 @@ class Run:
     generator: torch.Generator
     ema: EMA | None = None
     max_nonfinite_steps: int = 5
+    # Scales the loss where the forward pass is in float16. Not accelerate's, which would leave steps out by itself, and
+    # is for GPUs alone.
+    scaler: GradScaler = field(default_factory=lambda: GradScaler(enabled=False))
     processes: Processes = field(default_factory=Processes)
     step: int = 0
     position: Position = field(default_factory=lambda: Position(0, 0))
@@ -60,6 +66,19 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.step >= self.total_steps
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """What the denoiser computes within, in training and in validation."""
+        if self.scaler.is_enabled():
+            return torch.autocast(self.accelerator.device.type, torch.float16)
+        return self.accelerator.autocast()
+
+    @property
+    def computed(self) -> torch.dtype:
+        """The dtype of the forward pass."""
+        if self.scaler.is_enabled():
+            return torch.float16
+        return torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else self.parts.denoiser.dtype
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within it the UNet has the averaged weights, where they are kept; afterwards its own, bit for bit."""
@@ -78,6 +97,7 @@ class Run:
             "position": tuple(self.position),
             "skipped_in_a_row": self.skipped_in_a_row,
             "optimizer": self.optimizer.state_dict(),
+            "loss_scale": self.scaler.state_dict(),  # empty where there is none
             "ema": self.ema.state() if self.ema else None,
             "device": kind,
             "generator": self.generator.get_state(),
@@ -94,6 +114,7 @@ class Run:
         self.position = Position(*state["position"])
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # checkpoints of before have none
         restore_state(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state.get("loss_scale", {}))
         self._restore_ema(state.get("ema"))
         kind, rank, fresh = self.accelerator.device.type, self.processes.rank, self.generator.initial_seed() + self.step
         if state["device"] != kind:
@@ -136,6 +157,7 @@ def train(
     """Train until the last step, or until it is asked to stop.
 
     A step whose loss or gradient is not finite changes nothing but the random numbers drawn, and counts as a step.
+    Where it is the loss scale that makes the gradient of a finite loss infinite, the scale falls: nothing is broken.
 
     Args:
         batches: endless, from the run's position on, each with the position after it.
@@ -149,20 +171,21 @@ def train(
     with Progress(run) as progress:
         while not run.finished and not run.asked_to_stop():
             rate = run.learning_rate.at(run.step)
-            for group in run.optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(run.optimizer, rate)
             passes = []
             for _ in range(run.accelerator.gradient_accumulation_steps):
                 position, batch = next(batches)
                 run.processes.pulse.reached += 1
                 passes.append(_passed(run, batch.to(run.accelerator.device)))
+            run.scaler.unscale_(run.optimizer)
             norm, losses = _clipped(run, parameters), _losses(run, passes)
             if all_finite(losses, norm):
                 run.optimizer.step()
+                run.scaler.update()
                 if run.ema:
                     run.ema.update()
                 run.skipped_in_a_row = 0
-            else:
+            elif not _scale_falls(run, losses):
                 _skip(run, passes, losses, norm, parameters[0].dtype)
             run.optimizer.zero_grad()
             run.position, run.step = position, run.step + 1
@@ -174,13 +197,13 @@ def train(
 def _passed(run: Run, batch: Batch) -> Passed:
     """Add the gradient of a batch, which is on the device."""
     with run.accelerator.accumulate(run.denoiser):
-        with run.accelerator.autocast():
+        with run.autocast():
             loss, timesteps = training_loss(run.parts, run.denoiser, batch, run.generator)
         if batch.share:
             loss = loss * batch.share.weight
-        run.accelerator.backward(loss)
+        run.accelerator.backward(run.scaler.scale(loss))
     images = batch.share.total if batch.share else len(batch.uses)
-    text = batch.prompt_embeds.sum((1, 2), dtype=torch.float32)
+    text = batch.prompt_embeds.flatten(1).sum(1, dtype=torch.float32)
     return Passed(batch.uses, images, loss.detach(), timesteps, text)
 
 
@@ -197,18 +220,31 @@ def _clipped(run: Run, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor
     return gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
 
 
+def _scale_falls(run: Run, losses: torch.Tensor) -> bool:
+    """Halve the loss scale if it is to blame for a gradient that is not finite; it is the same in all processes."""
+    scale = run.scaler.get_scale()  # 1 where the loss is not scaled
+    to_blame = scale > LEAST_SCALE and bool(losses.isfinite().all())
+    run.scaler.update(None if to_blame else scale)
+    fallen = run.scaler.get_scale()
+    if fallen < scale and run.processes.is_first:
+        words = f"gradients overflow float16 at a loss scale of {scale:,.0f}, which becomes {fallen:,.0f}"
+        tqdm.write(f"Step {run.step + 1} finds the loss scale and trains nothing: {words}.", file=sys.stderr)
+    return fallen < scale
+
+
 def _skip(
     run: Run, passes: Sequence[Passed], losses: torch.Tensor, norm: torch.Tensor, trained: torch.dtype
 ) -> None:
     """Tell of a step that cannot be made, and end the run where there were too many in a row."""
     require_finite(run)  # else it is no image's fault
     run.skipped_in_a_row += 1
-    computed = torch.bfloat16 if run.accelerator.mixed_precision == "bf16" else run.parts.denoiser.dtype
     told = [one for process in run.processes.gather(reports(passes)) for one in process]
-    what, step = describe(losses, norm, told, computed, trained), run.step + 1
+    what, step = describe(losses, norm, told, run.computed, trained), run.step + 1
     if run.skipped_in_a_row > run.max_nonfinite_steps:
         limit = f"{run.max_nonfinite_steps} such steps in a row (MAX_NONFINITE_STEPS, --max_nonfinite_steps) may be"
-        raise NonFiniteLoss(_broken(f"Step {step}: {what}\nNo more than {limit} skipped"))
+        wider = " float16 ends at 65,504: in a new run MIXED_PRECISION=bf16 or no (--mixed_precision) does not."
+        wider = wider if run.computed == torch.float16 else ""
+        raise NonFiniteLoss(_broken(f"Step {step}: {what}\nNo more than {limit} skipped") + wider)
     if run.processes.is_first:
         tqdm.write(f"Step {step} is skipped, {run.skipped_in_a_row} in a row: {what}", file=sys.stderr)
 

@@ -27,10 +27,11 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers.diffusion.noising import schedule_from_betas
 from helpers.diffusion.objective import EpsilonObjective
-from helpers.models.adapters import Adapter, trainable_parameters
+from helpers.models.adapters import Adapter, parameter_groups, trainable_parameters
 from helpers.models.denoiser import Denoiser
 from helpers.models.errors import unfit
-from helpers.models.gradient_checkpointing import checkpoint_everything
+from helpers.models.gradient_checkpointing import checkpoint_everything, checkpoint_text_encoder
+from helpers.models.text import CLIP
 from helpers.sizes import Size
 from helpers.training.rounding import chunks_of, slices
 
@@ -44,7 +45,8 @@ class Setup:
     Attributes:
         architecture: a UNet's `config.json`.
         adapter: what is trained.
-        weights, trained: the dtypes that the UNet is loaded in, and that what is trained is kept in.
+        weights, trained: the dtypes that the models are loaded in, and that what is trained is kept in. bfloat16 stands
+            for float16 too, which takes as much.
         autocast: whether the computation is autocast to bfloat16.
         optimizer: a key of `STATE_BYTES`.
         size: of the largest x, in its own pixels.
@@ -52,6 +54,7 @@ class Setup:
         accumulates: whether gradients wait while further batches are computed.
         trains_variance: whether that is in the loss, where the UNet predicts one.
         channels: of x.
+        text_encoder: the `config.json` of the text encoder; None where that is not trained.
     """
 
     architecture: Path
@@ -68,6 +71,7 @@ class Setup:
     accumulates: bool = False
     trains_variance: bool = True
     channels: int = 3
+    text_encoder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def estimate(setup: Setup) -> Memory:
     ledger = _pass(denoiser, setup)
     phases = [
         gradients + ledger.most_activations if setup.accumulates else ledger.most,
-        gradients + UPDATE_BYTES[setup.optimizer](trained),
+        gradients + max(UPDATE_BYTES[setup.optimizer](group) for group in parameter_groups(denoiser)),
         _in_chunks(8, 4)(trained) if setup.ema else 0,  # the average's update, when the gradients are gone
     ]
     peak = weights + optimizer + ema + max(phases)
@@ -151,16 +155,21 @@ def _without_data(setup: Setup) -> Denoiser:
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(setup.architecture))
         except Exception as error:  # whatever a config of any content makes diffusers raise
             raise unfit("the UNet", setup.architecture.parent, error) from error
-        for parameter in unet.parameters():
+        encoder = CLIP().untrained(setup.text_encoder) if setup.text_encoder else None
+        denoiser = Denoiser(unet, encoder)
+        for parameter in denoiser.parameters():
             parameter.data = parameter.data.to(setup.weights)
-        denoiser = Denoiser(unet)
         setup.adapter.attach(denoiser, setup.trained)
     if setup.checkpointing:
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
             return nullcontext(), AsOnCuda(setup.autocast)  # the second pass begins outside of all modes
 
-        checkpoint_everything(unet, partial(checkpoint, use_reentrant=False, context_fn=contexts))
+        run = partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        for net in denoiser.nets:
+            checkpoint_everything(net, run)
+        if encoder:
+            checkpoint_text_encoder(encoder, run)
     return denoiser.train()
 
 
@@ -184,10 +193,21 @@ def _loss(denoiser: Denoiser, objective: EpsilonObjective, setup: Setup) -> Tens
     x, x_t, noise = (torch.empty(count, setup.channels, setup.size.height, setup.size.width) for _ in range(3))
     unet_input = x_t if config.in_channels == setup.channels else torch.cat([x_t, x], 1)
     text = torch.empty(count, setup.tokens, width, dtype=denoiser.dtype)
+    if denoiser.text_encoder is not None:
+        text = torch.empty(count, setup.tokens, dtype=torch.int64)
     t = torch.empty(count, dtype=torch.int64)
     labels = None if config.class_embed_type is None else torch.empty_like(t)
-    output = denoiser(unet_input, t, text, class_labels=labels)
+    output = denoiser(unet_input, t, text, class_labels=labels, control=_control(denoiser, setup))
     return objective(output.float(), x, x_t, noise, t)
+
+
+def _control(denoiser: Denoiser, setup: Setup) -> Tensor | None:
+    """The conditioning images of a batch: a ControlNet's embedding halves them at each of its levels but the first."""
+    if denoiser.controlnet is None:
+        return None
+    factor = 2 ** (len(denoiser.controlnet.config.conditioning_embedding_out_channels) - 1)
+    height, width = setup.size.height * factor, setup.size.width * factor
+    return torch.empty(setup.batch_size, height, width, 3, dtype=torch.uint8)
 
 
 def _objective(trains_variance: bool) -> EpsilonObjective:

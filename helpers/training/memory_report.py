@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from helpers.config.optimizers import OPTIMIZERS
-from helpers.config.options import Config
+from helpers.config.options import TEXT_ENCODER_OPTIONS, Config
+from helpers.models import published
 from helpers.models.spec import Spec
 from helpers.sizes import Size
 from helpers.training import assembly
@@ -16,12 +17,6 @@ from helpers.training.memory import Memory, Setup, estimate
 
 GB, MB = 1e9, 1e6
 SMALL_STATE = "adamw8bit"  # the smallest that steps as AdamW does
-
-TEXT_ENCODER = (
-    "  before that, for captions that are not cached yet, their encoder: the published T5-XXL takes 10 GB"
-    " (TEXT_ENCODER_DEVICE=cpu, --text_encoder_device, keeps it off the GPU)"
-)
-
 
 def shown(count: int) -> str:
     """So many bytes in words: of a tiny model, 0.00 GB says nothing."""
@@ -32,12 +27,13 @@ def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setu
     """What the options say of a run whose largest images have this size, in pixels."""
     training, adapter = config.training, assembly.adapter_of(config)
     precision = assembly.precision_of(training)
+    dtype = assembly.loaded_dtype(adapter, precision)
     return Setup(
         architecture=architecture,
         adapter=adapter,
-        weights=assembly.loaded_dtype(adapter, precision),
+        weights=torch.bfloat16 if dtype == torch.float16 else dtype,  # takes as much
         trained=precision.trained,
-        autocast=precision.autocast == "bf16",
+        autocast=precision.autocast != "no",
         optimizer=config.optimizer.optimizer,
         ema=config.optimizer.use_ema,
         checkpointing=training.gradient_checkpointing,
@@ -47,6 +43,7 @@ def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setu
         accumulates=training.gradient_accumulation_steps > 1,
         trains_variance=config.loss.train_variance,
         channels=spec.space.channels,
+        text_encoder=published.text_encoder_of(architecture) if config.lora.train_text_encoder else None,
     )
 
 
@@ -54,8 +51,11 @@ def report(config: Config, spec: Spec, architecture: Path, size: Size, free: int
     """All parts for a dry run, a line for a real one; and a warning where the GPU has fewer bytes `free`."""
     memory, batch = estimate(setup_of(config, spec, architecture, size)), config.training.train_batch_size
     lines = [describe(memory, batch, size) if config.run.dry_run else in_a_line(memory, batch, size)]
-    if config.run.dry_run and config.data.text_encoder_device == "auto":
-        lines.append(TEXT_ENCODER)
+    if config.run.dry_run and config.data.text_encoder_device == "auto" and not config.lora.train_text_encoder:
+        lines.append(
+            f"  before that, for captions that are not cached yet, their encoder: the published {spec.text.published}"
+            " (TEXT_ENCODER_DEVICE=cpu, --text_encoder_device, keeps it off the GPU)"
+        )
     if free is not None and free < memory.peak:
         lines.append(warning(config, spec, architecture, size, memory.peak, free))
     return "\n".join(lines)
@@ -99,7 +99,7 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
         changed = _changed(config, "training", train_batch_size=1, gradient_accumulation_steps=batches)
         accumulation = f"GRADIENT_ACCUMULATION_STEPS={batches} (--gradient_accumulation_steps)"
         yield f"TRAIN_BATCH_SIZE=1 (--train_batch_size) with {accumulation}, which learn the same", changed
-    if not training.pure_bf16:
+    if not training.pure_bf16 and training.mixed_precision != "fp16":  # chosen for lack of bf16
         fitting = "adamw_bf16" if OPTIMIZERS[optimizer].lost_in_bf16 else optimizer
         changed = _changed(config, "training", mixed_precision="bf16", pure_bf16=True)
         precision = "PURE_BF16=true (--pure_bf16) with MIXED_PRECISION=bf16 (--mixed_precision)"
@@ -109,7 +109,11 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
         yield _with_optimizer(config, SMALL_STATE)
     if config.optimizer.use_ema:
         yield "USE_EMA=false (--use_ema)", _changed(config, "optimizer", use_ema=False)
-    if all_weights and not training.use_bitfit:
+    if config.lora.train_text_encoder:
+        alone = dict.fromkeys(TEXT_ENCODER_OPTIONS)
+        changed = _changed(config, "lora", **alone, train_text_encoder=False)
+        yield "TRAIN_TEXT_ENCODER=false (--train_text_encoder)", changed
+    if all_weights and not training.use_bitfit and not training.controlnet:
         yield f"MODEL_TYPE={config.lora_type} (--model_type)", _changed(config, "model", model_type=config.lora_type)
 
 

@@ -21,7 +21,7 @@ class Passed:
         images: of all processes.
         loss: a scalar; among several processes with the weight of its images in their mean.
         timesteps: int64 `[B]`.
-        text: the sum of each embedding, float32 `[B]`: not finite where one of its values is not.
+        text: the sum of each embedding, or of its tokens, float32 `[B]`: not finite where one of its values is not.
     """
 
     uses: tuple[Use, ...]

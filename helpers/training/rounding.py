@@ -6,7 +6,7 @@ probability that makes the mean exact, it takes all of them, weight decay includ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,37 +29,48 @@ class InFloat32(torch.optim.Optimizer):
     state. The random bits come from a generator seeded with the step: a resumed run draws the same ones.
 
     Args:
-        make: gives the other optimizer, with one group, of the parameters that it is called with.
+        make: gives the other optimizer, with the groups of parameters that it is called with.
         elementwise: whether it may be given a large parameter in slices, since no element's step needs the others.
     """
 
     def __init__(
         self,
-        params: Iterable[Parameter],
+        params: Iterable[Parameter] | Iterable[Mapping[str, Any]],
         lr: float,
-        make: Callable[[list[Parameter]], torch.optim.Optimizer],
+        make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
         elementwise: bool,
     ) -> None:
         super().__init__(params, {"lr": lr, "step": 0})
-        [group] = self.param_groups
         self._pieces_of = slices if elementwise else _whole
         self._stand_ins = {
             parameter: [Parameter(_nothing(piece)) for piece in self._pieces_of(parameter)]
+            for group in self.param_groups
             for parameter in group["params"]
         }
-        self._inner = make([stand_in for pieces in self._stand_ins.values() for stand_in in pieces])
+        self._inner = make([{"params": self._stand_ins_of(group["params"])} for group in self.param_groups])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
-        [group], [inner] = self.param_groups, self._inner.param_groups
-        group["step"] += 1
-        inner["lr"], everything = group["lr"], inner["params"]
-        generators = Generators(group["step"])
+        everything = [inner["params"] for inner in self._inner.param_groups]
+        for inner in self._inner.param_groups:
+            inner["params"] = []
+        generators = Generators(self.param_groups[0]["step"] + 1)
+        for group, inner in zip(self.param_groups, self._inner.param_groups):
+            group["step"] += 1
+            inner["lr"] = group["lr"]
+            self._step_of(group, inner, generators)
+            inner["params"] = []
+        for inner, stand_ins in zip(self._inner.param_groups, everything):
+            inner["params"] = stand_ins
+        return loss
+
+    def _step_of(self, group: dict[str, Any], inner: dict[str, Any], generators: Generators) -> None:
+        """Update one group of parameters, while all other groups of the other optimizer are empty."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
         weights = [piece for parameter in parameters for piece in self._pieces_of(parameter)]
         gradients = [piece for parameter in parameters for piece in self._pieces_of(parameter.grad)]
-        stand_ins = [stand_in for parameter in parameters for stand_in in self._stand_ins[parameter]]
+        stand_ins = self._stand_ins_of(parameters)
         for chunk in chunks_of(weights):
             kept, inner["params"] = weights[chunk], stand_ins[chunk]
             values = _lend(inner["params"], kept, gradients[chunk])
@@ -67,8 +78,9 @@ class InFloat32(torch.optim.Optimizer):
             scatter(kept, stochastically_rounded(values, kept[0].dtype, generators.on(kept[0].device)))
             for stand_in in inner["params"]:
                 stand_in.data, stand_in.grad = _nothing(stand_in), None
-        inner["params"] = everything
-        return loss
+
+    def _stand_ins_of(self, parameters: Iterable[Parameter]) -> list[Parameter]:
+        return [stand_in for parameter in parameters for stand_in in self._stand_ins[parameter]]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "inner": self._inner.state_dict()}

@@ -12,8 +12,10 @@ from helpers.caching.store import stored_keys
 from helpers.config.backends import Backends
 from helpers.config.options import Config
 from helpers.data.dataset import Dataset
+from helpers.data.preparation import cached_sizes
 from helpers.files import DiskFull, existing_parent, free_bytes, printable
 from helpers.models.pipelines import copied_bytes
+from helpers.models.spaces import Latents, Pixels
 from helpers.models.spec import Spec
 from helpers.models.text import CLIP, T5
 from helpers.sizes import Size
@@ -37,7 +39,11 @@ def embed_size(text: T5 | CLIP, architecture: Path | None) -> int:
 
 
 def cache_needs(
-    backends: Backends, datasets: Sequence[Dataset], prepared: Mapping[str, str], embed_size: int
+    backends: Backends,
+    datasets: Sequence[Dataset],
+    prepared: Mapping[str, str],
+    images: Pixels | Latents,
+    embed_size: int,
 ) -> list[Need]:
     """What the caches lack. An embedding by whichever encoder counts as there.
 
@@ -48,10 +54,16 @@ def cache_needs(
     wanted: dict[str, set[str]] = {entry.id: set() for entry in backends.text_embeds}
     for backend, dataset in zip(backends.images, datasets):
         wanted[backend.text_embeds] |= {text_key(prepared[caption]) for caption in dataset.captions()}
-        sizes = {job.key: 3 * job.size.width * job.size.height for job in dataset.pixel_jobs(backend.downsample_method)}
+        sizes = cached_sizes(dataset, backend.downsample_method, images)
         missing = sizes.keys() - stored_keys(backend.cache_dir)
         taken = sum(sizes[key] for key in missing)
-        needs.append(Need(f"pixels of {len(missing):,} images of {dataset.id!r}", taken, backend.cache_dir))
+        needs.append(Need(f"{images.cached} of {len(missing):,} images of {dataset.id!r}", taken, backend.cache_dir))
+        if conditioning := backends.conditioning_of(backend):
+            jobs = {job.key: job for job in dataset.control_jobs(backend.downsample_method)}
+            missing = jobs.keys() - stored_keys(conditioning.cache_dir)
+            taken = sum(3 * jobs[key].size.width * jobs[key].size.height for key in missing)
+            what = f"pixels of {len(missing):,} conditioning images of {dataset.id!r}"
+            needs.append(Need(what, taken, conditioning.cache_dir))
     for entry in backends.text_embeds:
         missing = wanted[entry.id] - stored_keys(entry.cache_dir)
         needs.append(Need(f"text embeds of {len(missing):,} captions", len(missing) * embed_size, entry.cache_dir))
@@ -84,7 +96,7 @@ def output_needs(config: Config, saved: Saved, base: Path | None) -> list[Need]:
     number = max(1, limit + 1 - len(checkpoints.found(output)))
     kept = f"CHECKPOINTING_LIMIT + 1, less those that are there: {number}" if limit else "of all that are kept, 1"
     result = saved.trained * (2 if config.run.export == "kohya" else 1)
-    if config.training_kind == "full":
+    if config.training_kind == "full" and not config.training.controlnet:
         result = saved.unet + (copied_bytes(base, config.model.variant) if base else 0)
     return [
         Need(f"checkpoints of {shown(saved.checkpoint)} ({kept})", number * saved.checkpoint, output),

@@ -41,5 +41,5 @@ def training_loss(parts: Parts, denoiser: torch.nn.Module, batch: Batch, generat
     # Everything around the denoiser is float32; it casts what it takes.
     x_t = add_noise(parts.schedule, x, noise, t)
     unet_input, class_labels = parts.spec.conditioning(x_t, batch.images, parts.low_res_schedule, draws)
-    output = denoiser(unet_input, t, batch.prompt_embeds, class_labels=class_labels)
+    output = denoiser(unet_input, t, batch.prompt_embeds, class_labels=class_labels, control=batch.control)
     return StepLoss(parts.objective(output.float(), x, x_t, noise, t), t)

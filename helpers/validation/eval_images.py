@@ -1,4 +1,4 @@
-"""Validation by upscaling: images of the datasets are made small, and the model makes them large again."""
+"""Validation by images of the datasets: made small and upscaled again, or drawn from their conditioning images."""
 
 from __future__ import annotations
 
@@ -34,18 +34,20 @@ REMEMBERED = "eval_images.json"
 CURVE = "validation/psnr"
 NAMED = 3
 """How many of the images that are too small a note names."""
+NONE_LEFT = "none of the eval images can be read any more"
 MOST_DB = 100.0
 """What equal pictures score: more than any that differ (one value of 64x64 pixels off by one: 89 dB), but finite."""
 
 
 @dataclass(frozen=True)
 class EvalImage:
-    """An image to upscale.
+    """An image to compare with.
 
     Attributes:
         name: what its files are called.
         embeds: the caption's embedding `[length, D]`.
-        sizes: what it is upscaled to; it fills each of them.
+        sizes: what it is made at; it fills each of them.
+        control: its conditioning image, where it has one.
     """
 
     name: str
@@ -53,11 +55,17 @@ class EvalImage:
     caption: str
     embeds: Tensor
     sizes: tuple[Size, ...]
+    control: Path | None = None
+
+
+def titles_of(images: Sequence[EvalImage]) -> dict[str, str]:
+    """The name of each picture's file, and what the picture is."""
+    return {f"{image.name}_{size}": f"{image.caption} ({size})" for image in images for size in image.sizes}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Of each dataset, by its id, the images to upscale, each with the sizes that it is upscaled to.
+    """Of each dataset, by its id, the images to show, each with the sizes that it is made at.
 
     `notes` are what the user should be told.
     """
@@ -148,11 +156,7 @@ class Upscales:
 
     @property
     def titles(self) -> dict[str, str]:
-        return {
-            f"{image.name}_{size}": f"{image.caption} ({size})"
-            for image in self.eval_images
-            for size in image.sizes
-        }
+        return titles_of(self.eval_images)
 
     def render(self, run: Run, folder: Path) -> Rendered:
         """A row per picture: low resolution, bicubic, the model's, the original; their PSNR in `psnr.json` as well.
@@ -165,7 +169,8 @@ class Upscales:
         pipeline = self.sampling.pipeline(run)
         rows, psnrs = [], {}
         for size in tqdm(self.sampling.sizes, desc=f"Validation at step {run.step}", unit="size", leave=False):
-            images, originals = self._originals(size)
+            read = readable(self.eval_images, size, self.method)
+            images, originals = [image for image, _ in read], [pictures[0] for _, pictures in read]
             low = [low_resolution(original, self.scale) for original in originals]
             outputs = self.sampling.images(
                 pipeline,
@@ -186,33 +191,75 @@ class Upscales:
                     Cell(original, f"original ({size})"),
                 ])
         if not rows:
-            raise ValueError("none of the eval images can be read any more")
+            raise ValueError(NONE_LEFT)
         write_whole(folder / "psnr.json", (json.dumps(psnrs, indent=2) + "\n").encode())
         mean = {kind: float(np.mean([entry[kind] for entry in psnrs.values()])) for kind in ("output", "bicubic")}
         tqdm.write(f"Validation at step {run.step}: {mean['output']:.2f} dB, bicubic {mean['bicubic']:.2f} dB (PSNR)")
         curves = {CURVE: mean["output"], f"{CURVE}_bicubic": mean["bicubic"]}
         return Rendered(rows, curves | {f"{CURVE}/{name}": entry["output"] for name, entry in psnrs.items()})
 
-    def _originals(self, size: Size) -> tuple[list[EvalImage], list[Image.Image]]:
-        """The images to make at this size, with their originals."""
-        images, originals = [], []
-        for image in self.eval_images:
-            if size not in image.sizes:
-                continue
-            try:
-                originals.append(self._original(image, size))
-            except loading.Unreadable as error:
-                path = printable(image.path)
-                tqdm.write(f"The eval image {path} {error.reason}: this validation, and its mean, are without it.")
-            else:
-                images.append(image)
-        return images, originals
 
-    def _original(self, image: EvalImage, size: Size) -> Image.Image:
-        """The image at this size, its excess cut off evenly."""
-        with_excess = covering(loading.inspect(image.path).size, size)
-        pixels = loading.load(image.path, with_excess, self.method)
-        return Image.fromarray(pixels).crop(crop_box(with_excess, size, "center"))
+@dataclass(frozen=True)
+class Controlled:
+    """Each image at each size, drawn anew by its caption from its conditioning image.
+
+    Attributes:
+        method: the downsample_method that brings the originals to size, and their conditioning images.
+    """
+
+    sampling: Sampling
+    eval_images: tuple[EvalImage, ...]
+    method: str
+
+    @property
+    def titles(self) -> dict[str, str]:
+        return titles_of(self.eval_images)
+
+    def render(self, run: Run, folder: Path) -> Rendered:
+        """A row per picture: the conditioning image, the model's picture, the original.
+
+        Images whose files cannot be read any more are left out, which is said.
+
+        Raises:
+            ValueError: there is no other.
+        """
+        pipeline = self.sampling.pipeline(run)
+        rows = []
+        for size in tqdm(self.sampling.sizes, desc=f"Validation at step {run.step}", unit="size", leave=False):
+            read = readable(self.eval_images, size, self.method)
+            embeds, controls = [image.embeds for image, _ in read], [control for _, (_, control) in read]
+            outputs = self.sampling.images(pipeline, size, embeds, each={"image": controls})
+            for (image, (original, control)), output in zip(read, outputs):
+                output.save(folder / f"{image.name}_{size}.png")
+                rows.append([
+                    Cell(control, f"{image.caption} (conditioning)"),
+                    Cell(output, f"step {run.step}"),
+                    Cell(original, f"original ({size})"),
+                ])
+        if not rows:
+            raise ValueError(NONE_LEFT)
+        return Rendered(rows)
+
+
+def readable(
+    images: Sequence[EvalImage], size: Size, method: str
+) -> list[tuple[EvalImage, tuple[Image.Image, ...]]]:
+    """The images to make at this size, each with its original, and its conditioning image if it has one."""
+    read = []
+    for image in images:
+        try:
+            read += [(image, _at_size(image, size, method))] if size in image.sizes else []
+        except loading.Unreadable as error:
+            tqdm.write(f"The eval image {printable(image.path)} {error.reason}: this validation is without it.")
+    return read
+
+
+def _at_size(image: EvalImage, size: Size, method: str) -> tuple[Image.Image, ...]:
+    """The image and its conditioning image at this size, their excess cut off evenly."""
+    with_excess = covering(loading.inspect(image.path).size, size)
+    box = crop_box(with_excess, size, "center")
+    paths = (image.path, image.control) if image.control else (image.path,)
+    return tuple(Image.fromarray(loading.load(path, with_excess, method)).crop(box) for path in paths)
 
 
 def low_resolution(image: Image.Image, scale: int) -> Image.Image:

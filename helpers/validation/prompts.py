@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 
 from helpers.training.loop import Run
@@ -21,11 +20,10 @@ LONGEST_BYTES = 100  # file systems allow 255, and a name of a file is made of t
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, the name that its files have, and its embedding `[length, D]`."""
+    """A prompt, and the name that its files have."""
 
     name: str
     text: str
-    embeds: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class PromptPictures:
 
     def render(self, run: Run, folder: Path) -> Rendered:
         pipeline = self.sampling.pipeline(run)
-        embeds = [prompt.embeds for prompt in self.prompts]
+        embeds = [self.sampling.embed(prompt.text) for prompt in self.prompts]
         columns = []
         for size in tqdm(self.sampling.sizes, desc=f"Validation at step {run.step}", unit="size", leave=False):
             images = self.sampling.images(pipeline, size, embeds)
@@ -71,7 +69,3 @@ def named_prompts(prompt: str | None, library: Mapping[str, str]) -> dict[str, s
             name = f"{name}_{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
         named[name] = text
     return named
-
-
-def with_embeds(named: Mapping[str, str], embed: Callable[[str], Tensor]) -> tuple[Prompt, ...]:
-    return tuple(Prompt(name, text, embed(text)) for name, text in named.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -40,14 +40,16 @@ class Sampling:
         guidance_rescale: 0..1, of pipelines that have it.
         noise_scheduler: a key of `schedulers.SAMPLERS`.
         sizes: every picture is made at each of them.
-        negative: the negative prompt's embedding `[length, D]`.
+        embed: gives a prompt's embedding `[length, D]`, anew at each validation: its encoder may be in training.
+        negative: the negative prompt.
         scheduler_changes: keys of the scheduler's configuration to set otherwise.
         variant: that of the weight files.
     """
 
     base: Path
     sizes: tuple[Size, ...]
-    negative: Tensor
+    embed: Callable[[str], Tensor]
+    negative: str
     inference_steps: int
     guidance: float
     seed: int
@@ -65,6 +67,8 @@ class Sampling:
             "scheduler": sampler(self.noise_scheduler, self.base, self.scheduler_changes),
             "requires_safety_checker": False,
         }
+        if run.parts.denoiser.controlnet is not None:
+            components["controlnet"] = run.parts.denoiser.controlnet
         if low_res:
             components[low_res] = DDPMScheduler.from_pretrained(self.base / low_res)
         if spec.space.component:
@@ -90,13 +94,13 @@ class Sampling:
             shared: those that all have in common.
         """
         count, vae = max(1, BATCH_PIXELS // (size.width * size.height)), pipeline.components.get("vae")
-        pictures = []
+        pictures, negative = [], self.embed(self.negative)
         for start in range(0, len(embeds), count):
             part = slice(start, start + count)
             prompts = torch.stack(list(embeds[part])).to(pipeline.unet.device, pipeline.unet.dtype)
             made = pipeline(
                 prompt_embeds=prompts,
-                negative_prompt_embeds=self.negative.to(prompts).expand_as(prompts),
+                negative_prompt_embeds=negative.to(prompts).expand_as(prompts),
                 width=size.width,
                 height=size.height,
                 num_inference_steps=self.inference_steps,
@@ -162,7 +166,7 @@ class Validation:
         heeding = run.parts.unet.register_forward_pre_hook(heed)
         failure = None
         try:
-            with torch.random.fork_rng(devices), run.accelerator.autocast(), run.averaged_weights():
+            with torch.random.fork_rng(devices), run.autocast(), run.averaged_weights():
                 run.denoiser.eval()
                 with telling_if_full("validation images", self.output):
                     self._render_and_log(run, self.output / IMAGES / f"step_{run.step}")

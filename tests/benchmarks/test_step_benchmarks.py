@@ -4,8 +4,13 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 
 from benchmarks import gpu_train, step_overhead
+from benchmarks.synthetic import random_batch, random_parts
+from helpers.diffusion.draws import Draws
+from helpers.diffusion.objective import EpsilonObjective, VelocityObjective
+from helpers.models.published import architecture
 
 
 def test_step_overhead_compares_both_loops(tmp_path):
@@ -33,6 +38,37 @@ def test_gpu_train_reports_memory_and_speed_of_each_case(tmp_path):
     assert lora["trained_parameters"] < lora["parameters"] and full["trained_parameters"] == full["parameters"]
 
 
+def test_gpu_train_measures_stable_diffusion(tmp_path):
+    """In both precisions one after the other, and predicting v."""
+    options = ["--no-full_size", "--steps=1", "--batch=1", f"--output={tmp_path / 'result.json'}"]
+    names = ["SD-1.5 lora b4", "SD-1.5 lora b4 mixed", "SD-2.1 full b4 checkpointed"]
+    cases = gpu_train.main([*options, "--only", *names])["cases"]
+    assert set(cases) == set(names)
+    assert all(row["samples_a_second"] > 0 and row["estimated_gb"] > 0 for row in cases.values())
+    pure, mixed, full = (cases[name] for name in names)
+    assert mixed["estimated_gb"] > pure["estimated_gb"] and mixed["trained_parameters"] == pure["trained_parameters"]
+    assert full["trained_parameters"] == full["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("model", "edge", "width", "objective"),
+    [("SD-1.5", 64, 768, EpsilonObjective), ("SD-2.1", 96, 1024, VelocityObjective)],
+)
+def test_batches_of_stable_diffusion_are_what_its_cache_would_hold(model, edge, width, objective):
+    """Of 512 and 768 px, for the published architecture at narrow widths."""
+    [case] = [case for case in gpu_train.CASES if case.name == f"{model} lora b4"]
+    config = UNet2DConditionModel.load_config(architecture(case.hub_id))
+    small = gpu_train.shrunk(config) | {key: config[key] for key in ("sample_size", "cross_attention_dim")}
+    prediction = gpu_train.PREDICTIONS.get(model, "epsilon")
+    parts = random_parts(case.family, small, torch.bfloat16, torch.device("cpu"), prediction)
+    batch = random_batch(parts, 2, torch.device("cpu"))
+    assert batch.images.dtype == torch.float16 and batch.images.shape == (2, 8, edge, edge)
+    assert batch.prompt_embeds.dtype == torch.bfloat16 and batch.prompt_embeds.shape == (2, 77, width)
+    x = parts.spec.space.encode(batch.images, Draws(torch.Generator().manual_seed(0)))
+    assert x.shape == (2, 4, edge, edge) and 0.9 < x.std() < 1.1
+    assert isinstance(parts.objective, objective)
+
+
 def test_gpu_train_measures_compiled_cases(tmp_path):
     """With the whole UNet as one graph, which torch.compile refuses where it cannot follow; the graph as it is."""
     options = ["--no-full_size", "--steps=1", "--batch=1", "--backend=eager", f"--output={tmp_path / 'result.json'}"]
@@ -55,5 +91,8 @@ def test_gpu_train_has_the_cases_that_users_ask_about():
     assert len(names) == len(set(names))
     for name in ("I-M lora b4", "I-M full b4", "I-XL lora b4", "II-M lora b4 checkpointed", "I-M lora b64 compiled"):
         assert name in names
+    for model in ("SD-1.5", "SD-2.1"):
+        for case in ("lora b4", "lora b4 mixed", "lora b4 checkpointed", "lora b4 compiled", "full b4 checkpointed"):
+            assert f"{model} {case}" in names
     with pytest.raises(SystemExit):
         gpu_train.main(["--only", "I-S*"])

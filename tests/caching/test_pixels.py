@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.caching import pixels as pixels_module
+from helpers.caching import images as images_module
 from helpers.caching.pixels import PixelCache, PixelJob, pixel_key
 from helpers.caching.store import Writer
 from helpers.images.loading import load
@@ -46,7 +46,7 @@ def decoded(monkeypatch) -> list[Path]:
         paths.append(path)
         return load(path, *rest)
 
-    monkeypatch.setattr(pixels_module, "load", counted)
+    monkeypatch.setattr(images_module, "load", counted)
     return paths
 
 
@@ -164,7 +164,7 @@ def test_decoding_is_parallel_and_the_images_in_memory_are_bounded(tmp_path, mon
         waiting.append(len(started) - len(written))
         written.append(key)
 
-    monkeypatch.setattr(pixels_module, "load", decode)
+    monkeypatch.setattr(images_module, "load", decode)
     monkeypatch.setattr(Writer, "add", write)
     for number in range(60):
         (tmp_path / f"{number}.jpg").write_bytes(bytes([number]))
@@ -265,7 +265,7 @@ def test_a_file_that_is_edited_after_it_was_found_is_not_cached_as_what_it_was(t
             path.write_bytes(path.read_bytes()[:-900])
         return load(*arguments)
 
-    monkeypatch.setattr(pixels_module, "load", edit_and_load)
+    monkeypatch.setattr(images_module, "load", edit_and_load)
     failures = PixelCache(tmp_path / "cache").build([one])
     assert "was changed" in failures[path]
     monkeypatch.undo()

@@ -32,6 +32,8 @@ def problems_of(read, *entries, flags=()):
 
 
 TEXT = {"id": "t", "dataset_type": "text_embeds"}
+EDGES = {"id": "edges", "dataset_type": "conditioning", "instance_data_dir": "/usr"}
+CONTROLNET = ["--model_type=full", "--controlnet"]
 
 
 def test_a_key_overrides_the_flag_of_the_same_name(read):
@@ -126,11 +128,41 @@ def test_a_wrong_key_is_named_with_its_entry(read, entry, words):
     ([TEXT], "there is no dataset of images"),
     ([{"id": "a", "disabled": True}], "there is no dataset of images"),
     ([{}], "entry number 1, key \"id\": is not set"),
-    ([{"id": "a"}, {"id": "e", "dataset_type": "conditioning", "instance_data_dir": "/usr"}], "remove the entry"),
+    ([{"id": "a"}, EDGES], "key \"dataset_type\": found \"conditioning\", which only a ControlNet is shown"),
+    ([{"id": "a", "conditioning_data": "x"}], "key \"conditioning_data\": found 'x', which only a ControlNet is shown"),
 ])
 def test_entries_must_fit_together(read, entries, words):
     problems = problems_of(read, *entries)
     assert len(problems) == 1 and words in problems[0]
+
+
+@pytest.mark.parametrize("entries, words", [
+    ([{"id": "a"}], "(export CONTROLNET, key \"controlnet\") is true, but there are no conditioning images: add"),
+    ([{"id": "a"}, EDGES | {"disabled": True}], "there are no conditioning images"),
+    ([{"id": "a"}, {"id": "b", "conditioning_data": "edges"}, EDGES],
+     "entry 'a', key \"conditioning_data\": is not set, and a ControlNet needs conditioning images for all: type"),
+    ([{"id": "a", "conditioning_data": "edge"}, EDGES], "no such conditioning entry; did you mean edges?"),
+    ([{"id": "a", "conditioning_data": "edges"}, EDGES, EDGES | {"id": "depth"}], "entry 'depth', no dataset names it"),
+    ([{"id": "a"}, EDGES | {"instance_data_dir": "/nowhere"}], "entry 'edges', key \"instance_data_dir\": found"),
+    ([{"id": "a"}, EDGES | {"crop": True}], "entry 'edges', key \"crop\": not known here"),
+    ([{"id": "a", "instance_data_dir": "/usr"}, EDGES | {"instance_data_dir": "/usr/bin"}], "trained on as images"),
+    ([{"id": "a", "instance_data_dir": "/usr"}, EDGES], "its pictures would be trained on as images"),
+])
+def test_a_controlnet_needs_conditioning_images_for_each_dataset(read, entries, words):
+    problems = problems_of(read, *entries, flags=CONTROLNET)
+    assert len(problems) == 1 and words in problems[0]
+
+
+def test_a_dataset_names_its_conditioning_images_or_the_only_one_has_the_only_ones(read, tmp_path):
+    backends = read({"id": "a"}, EDGES, flags=CONTROLNET)
+    assert [image.conditioning_data for image in backends.images] == ["edges"]
+    [edges] = backends.conditioning
+    assert backends.conditioning_of(backends.images[0]) == edges
+    assert edges.cache_dir == tmp_path / "cache" / "conditioning" / "edges"
+    two = [{"id": "a", "conditioning_data": "edges"}, {"id": "b", "conditioning_data": "depth"}]
+    backends = read(*two, EDGES, EDGES | {"id": "depth"}, flags=CONTROLNET)
+    assert [backends.conditioning_of(image).id for image in backends.images] == ["edges", "depth"]
+    assert read({"id": "a"}).conditioning_of(read({"id": "a"}).images[0]) is None
 
 
 def test_all_problems_of_all_entries_come_at_once(read):

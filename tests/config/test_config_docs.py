@@ -31,14 +31,19 @@ def test_the_options_page_says_what_each_key_of_a_dataset_takes():
 
 def test_the_schemas_know_what_the_parsers_know():
     assert set(ROWS) - {"config"} <= set(config_schema()["properties"])
-    image = backends_schema()["items"]["else"]
+    image = backends_schema()["items"]["else"]["else"]
     assert image["required"] == ["id", "instance_data_dir"] and not image["additionalProperties"]
     assert {"cache_dir_vae", "disable", "crop_aspect_buckets"} <= set(image["properties"])
 
 
-def test_the_example_configs_load(tmp_path):
-    config = load([f"--config={ROOT / 'config.json.example'}"]).config
-    entries = json.loads((ROOT / "multidatabackend_deepfloyd.json.example").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("example, flags", [
+    ("multidatabackend_deepfloyd.json.example", [f"--config={ROOT / 'config.json.example'}"]),
+    ("multidatabackend_sd2x.json.example", ["--model_type=lora"]),
+    ("multidatabackend_sd2x.json.example", ["--model_type=lora", "--model_flavour=1.5"]),
+])
+def test_the_example_configs_load(tmp_path, example, flags):
+    config = load(flags).config
+    entries = json.loads((ROOT / example).read_text(encoding="utf-8"))
     entries[0]["instance_data_dir"] = str(tmp_path)
     path = tmp_path / "backends.json"
     path.write_text(json.dumps(entries), encoding="utf-8")

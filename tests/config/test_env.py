@@ -73,10 +73,9 @@ def test_accelerate_is_used_only_for_what_needs_it(environ, exports):
     ({"TRAINER_EXTRA_ARGS": "'open"}, "export TRAINER_EXTRA_ARGS"),
     ({"ACCELERATE_EXTRA_ARGS": "'open"}, "export ACCELERATE_EXTRA_ARGS"),
     ({"VALIDATION_STEP": "5"}, "export VALIDATION_STEP: not an option; did you mean VALIDATION_STEPS?"),
-    ({"VAE_BATCH_SIZE": "4"}, "DeepFloyd has no VAE"),
     ({"PUSH_TO_HUB": "true"}, "hf upload"),
-    ({"CONTROLNET": "true"}, "set it to false"),
-    ({"TEXT_ENCODER_LIMIT": "25"}, "the text encoder is not trained"),
+    ({"CONTROLNET": "true"}, "no ControlNet can be made for DeepFloyd IF stage I"),
+    ({"TEXT_ENCODER_LIMIT": "25"}, "TRAIN_TEXT_ENCODER=true trains a LoRA"),
     ({"DELETE_UNWANTED_IMAGES": "true"}, "the dataset is only read"),
 ])
 def test_a_wrong_export_is_answered_in_words(environ, exports, words):
@@ -85,8 +84,8 @@ def test_a_wrong_export_is_answered_in_words(environ, exports, words):
 
 
 def test_what_asks_for_nothing_passes(environ):
-    off = {           "VAE_BATCH_SIZE": "1", "PUSH_TO_HUB": "no", "PUSH_CHECKPOINTS": "off", "HUB_MODEL_NAME": "mine",
-           "CONTROLNET": "none", "TEXT_ENCODER_LIMIT": "", "DELETE_SMALL_IMAGES": "false"}
+    off = {"PUSH_TO_HUB": "no", "PUSH_CHECKPOINTS": "off", "HUB_MODEL_NAME": "mine",
+           "CONTROLNET": "", "TEXT_ENCODER_LIMIT": "", "DELETE_SMALL_IMAGES": "false"}
     assert command_line([], environ | off, NOTHING, "python") == command_line([], environ, NOTHING, "python")
 
 

@@ -123,6 +123,9 @@ def test_wrong_input_is_answered_in_words(flag, words):
 @pytest.mark.parametrize("flags, words", [
     (["--max_train_steps=0", "--num_train_epochs=0"], "NUM_EPOCHS"),
     (["--optimizer=adamw", "--pure_bf16"], "type adamw_bf16"),
+    (["--mixed_precision=no", "--pure_bf16"], "which is float32: set mixed_precision to bf16, or pure_bf16 to false"),
+    (["--model_type=lora", "--mixed_precision=fp16", "--pure_bf16"], "fp16, which keeps what is trained in float32"),
+    (["--mixed_precision=fp16", "--pure_bf16"], "text encoder and UNet of DeepFloyd IF stage I overflow: type bf16"),
     (["--lr_scheduler=constant", "--lr_warmup_steps=5"], "constant_with_warmup"),
     (["--lr_scheduler=constant", "--lr_end=1e-6"], "found 1e-06 beside lr_scheduler 'constant'"),
     (["--lr_scheduler=constant_with_warmup", "--lr_end=1e-6"], "remove it, or type cosine"),
@@ -160,6 +163,9 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--export=kohya"], "found 'kohya', but ComfyUI and A1111 have no DeepFloyd IF stage I: remove it"),
     (["--export=kohya", "--model_type=deepfloyd-full"], "have no DeepFloyd IF stage I: remove it"),
     (["--use_bitfit"], "set it to false, or model_type to deepfloyd-full"),
+    (["--controlnet"], "no ControlNet can be made for DeepFloyd IF stage I: it would be a copy of the UNet's"),
+    (["--controlnet", "--model_type=lora"], "set model_type to full, or controlnet to false"),
+    (["--controlnet", "--model_type=full", "--use_bitfit"], "a ControlNet is trained as a whole"),
     (["--use_bitfit", "--use_dora"], "set one of the two to false"),
     (["--use_bitfit", "--use_rslora", "--model_type=deepfloyd-full"], "set one of the two to false"),
 ])
@@ -304,7 +310,7 @@ def test_null_is_not_set_and_whole_lines_of_comment_are_skipped(tmp_path):
     ({"lr_ned": 1}, 'config.json, key "lr_ned": not an option; did you mean lr_end?'),
     ({"seed": True}, "found true, needs a whole number"),
     ({"learning_rate": [1]}, "found [1], needs a number"),
-    ({"controlnet": True}, "found true, which is not offered"),
+    ({"push_to_hub": True}, "found true, which is not offered"),
     ({"config": "x"}, 'key "config": not an option'),
     ('{"seed": 1, "seed": 2}', 'key "seed" is there twice'),
     ('{"seed": 1,}', "not JSON: a comma stands before the closing bracket: remove it"),
@@ -404,3 +410,9 @@ def test_help_lists_every_option_and_ends_with_0(capsys):
     assert ended.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name} " in text for name in ROWS)
+
+
+@pytest.mark.parametrize("flags, count", [([], 4), (["--num_eval_images=0"], 0), (["--controlnet=false"], 0)])
+def test_a_controlnet_is_judged_by_eval_images_unless_told_otherwise(flags, count):
+    config = load(["--model_type=full", "--controlnet", *flags]).config
+    assert config.validation.num_eval_images == count

@@ -310,7 +310,7 @@ def test_the_json_is_one_object_and_says_what_the_table_says(trainer, dogs, fold
     [dataset], [finding] = content["datasets"], content["findings"]
     assert dataset | {"folder": ""} == {
         "id": "dogs", "folder": "", "found": 3, "used": 2, "left_out": 1, "enlarged": 0, "repeats": 2,
-        "batches_per_epoch": 3, "buckets": {"64x64": 2}, "pixel_bytes": 3 * (77 * 64 + 128 * 64),
+        "batches_per_epoch": 3, "buckets": {"64x64": 2}, "image_bytes": 3 * (77 * 64 + 128 * 64),
     }
     assert finding["file"].endswith("line\\nbreak ü.jpg") and finding["kind"] == "no caption" and finding["remedy"]
     assert (content["steps_per_epoch"], content["steps"], content["captions"]) == (2, 5, 1)

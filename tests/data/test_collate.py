@@ -12,7 +12,7 @@ from PIL import Image
 
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache
-from helpers.data.collate import Buffer, Collator, Source, prefetch
+from helpers.data.collate import Buffer, CachedPixels, Collator, Source, prefetch
 from helpers.data.dataset import Dataset, plan_images
 from helpers.data.sampler import Sampler
 from helpers.data.scan import Captions, scan
@@ -55,7 +55,7 @@ def data(request, folder, tmp_path_factory) -> tuple[Dataset, Source]:
     assert pixels.build(dataset.pixel_jobs("stepwise")) == {}
     texts = prepared(dataset).values()
     embeds.build(texts, lambda batch: torch.stack([embedding(text) for text in batch]), len, 4)
-    return dataset, Source(pixels, embeds, "stepwise")
+    return dataset, Source(CachedPixels(pixels, "stepwise"), embeds)
 
 
 def sampler(dataset: Dataset) -> Sampler:

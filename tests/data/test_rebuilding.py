@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers.caching import pixels as pixels_module
+from helpers.caching import images as images_module
 from helpers.config.backends import Backends, ImageBackend, TextEmbedsBackend
 from helpers.data.preparation import cache_pixels, cache_texts, open_text_caches, prepare_captions, scan_and_plan
 from helpers.models import text as text_module
@@ -48,9 +48,9 @@ class Setting:
 
     def run(self, variant: str | None = None, **keys: object) -> Made:
         images, captions = set(), set()
-        load, encode = pixels_module.load, TextEncoder.__call__
+        load, encode = images_module.load, TextEncoder.__call__
         with self.patch.context() as patch:
-            patch.setattr(pixels_module, "load", lambda path, *rest: (images.add(path.name), load(path, *rest))[1])
+            patch.setattr(images_module, "load", lambda path, *rest: (images.add(path.name), load(path, *rest))[1])
             patch.setattr(TextEncoder, "__call__", lambda own, texts: (captions.update(texts), encode(own, texts))[1])
             self.fill(variant, {"resolution": 64, "caption_strategy": "textfile", **keys})
         return Made(images, captions, self.capsys.readouterr().out)

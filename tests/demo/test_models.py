@@ -56,6 +56,6 @@ def test_the_true_low_resolution_image_gives_a_lower_loss_than_a_shuffled_one():
     def loss(conditioning: NoisedLowRes) -> float:
         shown = replace(parts, spec=replace(parts.spec, conditioning=conditioning))
         with torch.no_grad():
-            return training_loss(shown, parts.unet, batch, torch.Generator().manual_seed(0)).loss.item()
+            return training_loss(shown, parts.denoiser, batch, torch.Generator().manual_seed(0)).loss.item()
 
     assert loss(NoisedLowRes()) < 0.8 * loss(Shuffled())

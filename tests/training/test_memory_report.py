@@ -2,6 +2,7 @@ import pytest
 
 from helpers.config.load import load
 from helpers.models.families import SPECS
+from helpers.models.published import ARCHITECTURES
 from helpers.sizes import Size
 from helpers.training import memory_report
 from helpers.training.memory import Memory, estimate
@@ -114,3 +115,14 @@ def test_a_real_run_tells_it_in_a_line_where_there_is_a_gpu_to_hold_it_against(t
     said = capsys.readouterr().out
     assert "Training will need about " in said and "The GPU has 0.0 MB free" in said
     assert "TRAIN_BATCH_SIZE=1" in said and "USE_GRADIENT" not in said
+
+
+def test_float16_takes_what_bfloat16_takes_and_beside_it_bfloat16_is_not_proposed():
+    taken, proposed = {}, {}
+    for precision in ("fp16", "bf16"):
+        config = config_of(model_type="lora", mixed_precision=precision, train_batch_size=1)
+        spec, architecture = SPECS["sd"], ARCHITECTURES / "stable-diffusion-v1_unet.json"
+        taken[precision] = estimate(memory_report.setup_of(config, spec, architecture, Size(512, 512)))
+        proposed[precision] = " ".join(words for words, _ in memory_report.savings(config))
+    assert taken["fp16"] == taken["bf16"]
+    assert "PURE_BF16" in proposed["bf16"] and "PURE_BF16" not in proposed["fp16"]

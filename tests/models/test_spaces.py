@@ -1,0 +1,83 @@
+"""What x is made of: pixels as they are, or a fresh draw from what a VAE says of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from helpers.diffusion.draws import Draws
+from helpers.models.spaces import Latents, Pixels
+from helpers.sizes import Size
+
+CPU = torch.device("cpu")
+
+
+def draws(seed: int = 0) -> Draws:
+    return Draws(torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """Three pictures as the demo draws them, uint8 [3, 128, 192, 3]."""
+    from examples.demo.draw import KNOWN, draw
+
+    rng = np.random.default_rng(0)
+    return torch.stack([torch.from_numpy(np.array(draw(thing, (192, 128), rng))) for thing in KNOWN[:3]])
+
+
+def test_pixels_run_from_minus_one_to_one():
+    images = torch.tensor([0, 255, 51], dtype=torch.uint8).reshape(1, 1, 1, 3)
+    torch.testing.assert_close(Pixels().encode(images, draws()).flatten(), torch.tensor([-1, 1, -0.6]))
+
+
+def test_each_draw_of_a_latent_is_another_with_the_mean_and_spread_of_its_moments():
+    moments = torch.cat([torch.full((1, 4, 16, 16), 3.0), torch.full((1, 4, 16, 16), 0.5)], dim=1).half()
+    one, two = (Latents().encode(moments, draws(seed)) for seed in (0, 1))
+    assert one.dtype == torch.float32 and one.shape == (1, 4, 16, 16) and not torch.equal(one, two)
+    assert one.mean() == pytest.approx(3, abs=0.06) and one.std() == pytest.approx(0.5, abs=0.03)
+
+
+def test_moments_are_those_of_the_vae_scaled_as_its_configuration_says(tiny_sd, tmp_path, pictures):
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.18}))
+    space = Latents()
+    vae = space.load(folder, CPU)
+    assert vae.dtype == torch.float32
+    mean, std = space.moments(vae, pictures).chunk(2, dim=1)
+    with torch.no_grad():
+        posterior = vae.encode(Pixels().encode(pictures, draws())).latent_dist
+    torch.testing.assert_close(mean.float(), posterior.mean * 0.18, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(std.float(), posterior.std * 0.18, rtol=1e-3, atol=1e-3)
+    assert mean.shape == (3, 4, 16, 24) and space.size(Size(192, 128)) == Size(24, 16)
+
+
+def test_moments_lead_back_to_the_pictures(tiny_sd, pictures):
+    space = Latents()
+    vae = space.load(tiny_sd, CPU)
+    x = space.encode(space.moments(vae, pictures), draws())
+    with torch.no_grad():
+        decoded = vae.decode(x / vae.config.scaling_factor).sample
+    error = (decoded - Pixels().encode(pictures, draws())).square().mean()
+    assert 10 * torch.log10(4 / error) > 22
+
+
+def test_a_cached_image_takes_what_is_said(tiny_sd, pictures):
+    space = Latents()
+    row = space.moments(space.load(tiny_sd, CPU), pictures)[0]
+    assert row.nbytes == space.cached_bytes(Size(192, 128))
+    assert Pixels().cached_bytes(Size(192, 128)) == pictures[0].nbytes
+
+
+def test_the_fingerprint_is_that_of_the_vae_alone(tiny_sd, tmp_path):
+    folder = shutil.copytree(tiny_sd, tmp_path / "model")
+    before = Latents().fingerprint(folder)
+    (folder / "unet" / "config.json").write_text("{}")
+    assert Latents().fingerprint(folder) == before == Latents().fingerprint(tiny_sd)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    assert Latents().fingerprint(folder) != before
