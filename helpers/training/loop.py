@@ -86,8 +86,10 @@ class Run:
 
     def asked_to_stop(self) -> bool:
         """Whether any process is; all of them learn it here, and so must come here together."""
-        self.requests.stop = self.processes.highest(self.requests.stop or 0) or None
-        return self.requests.stop is not None
+        stop = self.processes.highest(self.requests.stop or 0)
+        if stop:  # else it stays what it is: a signal may have come while they agreed
+            self.requests.stop = stop
+        return bool(stop)
 
     def state(self) -> dict[str, Any]:
         """The same in all processes, which must come here together."""

@@ -13,6 +13,7 @@ from helpers.data.scan import Record
 from helpers.diffusion.draws import Draws
 from helpers.models.adapters import trainable_parameters
 from helpers.models.families import SPECS
+from helpers.processes import Processes
 from helpers.sizes import Size
 from helpers.training import adamw_bf16, assembly, rounding
 from helpers.training.loop import Every, NonFiniteLoss, Run, require_finite, train
@@ -158,6 +159,19 @@ def test_a_signal_ends_the_run_after_the_step_in_progress(make_run):
     run = make_run(100)
     train(run, batches(), [stop_at(2)])
     assert run.step == 2 and not run.finished
+
+
+def test_a_signal_that_comes_while_the_processes_agree_on_none_is_not_lost(make_run):
+    class Interrupted(Processes):
+        def highest(self, number: int) -> int:
+            if run.step == 1:
+                run.requests.stop = 15
+            return number
+
+    run = make_run(steps=6)
+    run.processes = Interrupted()
+    train(run, batches())
+    assert (run.step, run.requests.stop) == (2, 15)
 
 
 def test_periodic_work_comes_every_so_many_steps_and_after_the_last(make_run):
