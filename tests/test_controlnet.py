@@ -68,8 +68,12 @@ def pictures_of(output: Path, step: int) -> dict[str, np.ndarray]:
 
 
 def test_what_comes_out_draws_in_diffusers_what_validation_showed(controlled, tmp_path, tiny_sd, photos, edges, capsys):
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    scheduler = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    del scheduler["clip_sample"]  # as of most schedulers, and diffusers' DDIM clips where it is not told
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     flags = {"learning_rate": 1e-2, "validation_steps": 2, "validation_prompt": "a cat"}
-    assert controlled(max_train_steps=4, **flags) == 0
+    assert controlled(pretrained_model_name_or_path=model, max_train_steps=4, **flags) == 0
     output = tmp_path / "output"
     said = capsys.readouterr().out
     assert "output/controlnet    the result, for diffusers" in said and "validation prompts are not drawn" in said
@@ -132,6 +136,15 @@ def test_a_conditioning_image_that_changed_since_the_checkpoint_is_noticed(contr
     Image.effect_noise(Image.open(edges / "0000.png").size, 50).save(edges / "0000.png")
     assert controlled(**flags, max_train_steps=2) != 0
     assert "dataset 'photos'" in capsys.readouterr().err
+
+
+def test_zero_terminal_snr_is_drawn_without_the_guidance_rescale_that_its_pipeline_lacks(controlled, tmp_path, capfd):
+    from examples.demo.make_sd import make
+
+    make(tmp_path / "v", prediction_type="v_prediction")
+    flags = {"rescale_betas_zero_snr": True, "max_train_steps": 1}
+    assert controlled(pretrained_model_name_or_path=tmp_path / "v", **flags) == 0
+    assert "failed" not in "".join(capfd.readouterr()) and len(pictures_of(tmp_path / "output", 1)) == 2
 
 
 def test_images_without_an_edge_map_are_listed_and_the_check_says_the_same(controlled, edges, tmp_path, capsys):

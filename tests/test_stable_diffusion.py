@@ -10,12 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
 from helpers.caching.images import ImageCache
 from helpers.models.facts import read_adapter_facts
+from helpers.models.results import load_adapter
 from helpers.training import loop
 from helpers.training.step import training_loss
 
@@ -162,6 +170,30 @@ def test_validation_draws_with_every_scheduler(sd, tmp_path, scheduler):
     }
 
 
+@pytest.mark.parametrize("kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, EulerDiscreteScheduler])
+def test_a_model_with_any_scheduler_of_diffusers_trains_and_is_exported_with_it(sd, tmp_path, tiny_sd, kind):
+    model, pipeline = tmp_path / "model", pipeline_of(tiny_sd)
+    pipeline.scheduler = kind(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    pipeline.save_pretrained(model)
+    flags = {"model_type": "full", "lora_rank": None, "max_train_steps": 1, "validation_prompt": "a red circle"}
+    assert sd(pretrained_model_name_or_path=model, **flags) == 0
+    assert (tmp_path / "output" / "validation_images" / "step_1" / "sheet.png").exists()
+    tuned = pipeline_of(tmp_path / "output" / "pipeline")
+    assert type(tuned.scheduler) is kind and latents_of(tuned).isfinite().all()
+
+
+@pytest.mark.parametrize("flags", [{}, {"train_text_encoder": True}, {"model_type": "full", "lora_rank": None}],
+                         ids=["lora", "text encoder", "full"])
+def test_validation_draws_in_float16_what_it_draws_in_float32(sd, tmp_path, flags):
+    flags = {"validation_prompt": "a red circle", "validation_num_inference_steps": 5, "max_train_steps": 1, **flags}
+    pictures = []
+    for precision in ("no", "fp16"):
+        assert sd(mixed_precision=precision, output_dir=tmp_path / precision, **flags) == 0
+        path = tmp_path / precision / "validation_images" / "step_0" / "a_red_circle_64x64.png"
+        pictures.append(np.asarray(Image.open(path), int))
+    assert np.abs(pictures[0] - pictures[1]).mean() < 2
+
+
 def test_a_validation_picture_is_that_of_diffusers_own_pipeline(sd, tmp_path, tiny_sd):
     flags = {"validation_prompt": "a red circle", "validation_guidance": 4, "validation_guidance_rescale": 0.5}
     assert sd(max_train_steps=1, validation_noise_scheduler="euler", validation_seed=3, **flags) == 0
@@ -199,6 +231,10 @@ def test_zero_terminal_snr_reaches_betas_pictures_and_result(sd, tmp_path, predi
     assert schedules[0].sqrt_alphas_cumprod[-1] == 0 and schedules[0].sqrt_alphas_cumprod[0] > 0.99
     facts = read_adapter_facts(tmp_path / "output" / ADAPTER)
     assert facts.zero_terminal_snr and facts.prediction_type == "v_prediction"
+    sampled = pipeline_of(predicting_v)
+    sampled.scheduler = EulerDiscreteScheduler(prediction_type="v_prediction")  # which says nothing of clipping
+    load_adapter(sampled, tmp_path / "output")
+    assert type(sampled.scheduler) is DDIMScheduler and not sampled.scheduler.config.clip_sample
     saved = json.loads((tmp_path / "output" / "run.json").read_text())["options"]
     assert saved["validation_guidance_rescale"] == 0.7
     assert sd(rescale_betas_zero_snr=True, model_type="full", lora_rank=None, output_dir=tmp_path / "full", **flags) == 0

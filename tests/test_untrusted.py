@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import pickle
 import re
@@ -359,7 +360,9 @@ MODEL_FILES = [
 
 
 @pytest.mark.parametrize("file", MODEL_FILES)
-@pytest.mark.parametrize("content", [None, DEEP, b"[]", b"null", b'{"a": NaN}', b'{"a": 1, "a": 2}', b"\xff", b"{"])
+@pytest.mark.parametrize("content", [
+    None, DEEP, b"[]", b"null", b'{"a": NaN}', b'{"a": Infinity}', b'{"a": 1, "a": 2}', b"\xff", b"{",
+])
 def test_a_bad_file_of_a_model_is_named_before_anything_loads(model, file, content):
     write(model / file, content)
     with pytest.raises(WeightsError) as caught:
@@ -378,6 +381,7 @@ def test_a_bad_file_of_a_model_is_named_before_anything_loads(model, file, conte
     ("text_encoder/config.json", "d_ff", 7),
     ("scheduler/scheduler_config.json", "beta_schedule", "evil"),
     ("scheduler/scheduler_config.json", "num_train_timesteps", "many"),
+    ("scheduler/scheduler_config.json", "beta_start", -math.inf),
     ("tokenizer/tokenizer_config.json", "extra_ids", {}),
     ("tokenizer/tokenizer.json", "model", {"type": "evil"}),
 ])

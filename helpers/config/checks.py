@@ -64,12 +64,7 @@ def problems(config: Config) -> Iterator[Problem]:
     if config.data.vae_batch_size not in (1, ROWS["vae_batch_size"].field.default) and not config.family.pixels_per_latent:
         words = f"found {config.data.vae_batch_size}, but {config.family.name} has no VAE: remove it"
         yield Problem(("vae_batch_size", "model_type"), words)
-    if config.validation.validation_guidance_rescale and not config.family.guidance_rescale:
-        yield Problem(
-            ("validation_guidance_rescale", "model_type"),
-            f"found {config.validation.validation_guidance_rescale:g}, "
-            f"but the pipeline of {config.family.name} has no guidance rescale: set it to 0.0",
-        )
+    yield from _guidance_rescale(config)
 
 
 def nearest_multiples(value: float, alignment: int, least: int) -> str:
@@ -176,6 +171,16 @@ def _schedulers(config: Config) -> Iterator[Problem]:
             ("rescale_betas_zero_snr", "prediction_type"),
             "found true beside prediction_type epsilon: where the last timestep is noise alone, the noise tells nothing "
             "of the image, so set it to false, or train weights that predict v",
+        )
+
+
+def _guidance_rescale(config: Config) -> Iterator[Problem]:
+    rescale, controlnet = config.validation.validation_guidance_rescale, config.training.controlnet
+    if rescale and (controlnet or not config.family.guidance_rescale):
+        lacking = "a ControlNet" if controlnet and config.family.controlnet else config.family.name
+        yield Problem(
+            ("validation_guidance_rescale", "controlnet" if controlnet else "model_type"),
+            f"found {rescale:g}, but the pipeline of {lacking} has no guidance rescale: set it to 0.0",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import stat
@@ -26,11 +27,14 @@ class BadJson(ValueError):
     """A file that is no JSON as it is read here; `str()` says why and what to do, without the file's name."""
 
 
-def load_json(path: Path, max_bytes: int = MAX_BYTES, comments: bool = False) -> object:
+def load_json(
+    path: Path, max_bytes: int = MAX_BYTES, comments: bool = False, minus_infinity: bool = False
+) -> object:
     """Read strict JSON in UTF-8: each key once in its object, no NaN, no infinity, at most `MAX_DEPTH` deep.
 
     Args:
         comments: skip whole lines of `#` or `//` comment.
+        minus_infinity: allow -Infinity, which is no JSON, but which Python writes.
 
     Raises:
         OSError: if the file cannot be read.
@@ -39,9 +43,10 @@ def load_json(path: Path, max_bytes: int = MAX_BYTES, comments: bool = False) ->
     text = _text(path, max_bytes)
     if comments:
         text = COMMENT_LINE.sub("", text)
+    constant = _minus_infinity if minus_infinity else _no_number
     try:
         content = json.loads(
-            text, object_pairs_hook=_without_twins, parse_constant=_no_number, parse_float=_finite, parse_int=_whole
+            text, object_pairs_hook=_without_twins, parse_constant=constant, parse_float=_finite, parse_int=_whole
         )
     except json.JSONDecodeError as error:
         raise BadJson(f"line {error.lineno}, column {error.colno}: {_remedy(error)}") from None
@@ -101,6 +106,10 @@ def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _no_number(word: str) -> object:
     raise BadJson(f"not JSON: {word} is no number: type one, or null")
+
+
+def _minus_infinity(word: str) -> object:
+    return -math.inf if word == "-Infinity" else _no_number(word)
 
 
 def _finite(digits: str) -> float:

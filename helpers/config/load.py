@@ -294,7 +294,7 @@ def _validation_values(config: Config, given: set[str], model: Model) -> dict[st
     is_edge = "resolution" in given and data.resolution_type == "pixel" and data.resolution % family.alignment == 0
     edge = int(data.resolution) if is_edge else family.resolution
     # Lin et al. 2024 take 0.7: with less, guidance burns out pictures that are sampled from noise alone.
-    rescaled = config.loss.rescale_betas_zero_snr and family.guidance_rescale
+    rescaled = config.loss.rescale_betas_zero_snr and family.guidance_rescale and not config.training.controlnet
     defaults = {"validation_resolution": (Size(edge, edge),), "validation_guidance_rescale": 0.7 if rescaled else 0.0}
     if config.training.controlnet and family.controlnet:
         defaults["num_eval_images"] = EVAL_IMAGES

@@ -35,7 +35,7 @@ class Schedule:
 
 
 def schedule_from_betas(betas: Tensor) -> Schedule:
-    """Build the tables from `betas` `[T]`, each in (0, 1)."""
+    """Build the tables from `betas` `[T]`, each in (0, 1), but that the last one may be 1."""
     betas = betas.detach().to("cpu", torch.float64)
     alphas = 1 - betas
     alphas_cumprod = alphas.cumprod(0)

@@ -9,7 +9,7 @@ from helpers.diffusion.noising import Schedule
 
 
 def signal_to_noise(schedule: Schedule) -> Tensor:
-    """snr_t = ac_t / (1 - ac_t), float32 `[T]`, falling from thousands to nearly 0."""
+    """snr_t = ac_t / (1 - ac_t), float32 `[T]`, falling from thousands to nearly 0, or to 0 with zero terminal SNR."""
     return (schedule.sqrt_alphas_cumprod / schedule.sqrt_one_minus_alphas_cumprod) ** 2
 
 

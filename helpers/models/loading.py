@@ -25,7 +25,7 @@ from helpers.config.problems import found
 from helpers.models.errors import OPTION, WeightsError, unfit
 from helpers.models.families import SPECS
 from helpers.models.parts import LossSettings, Parts, put_together
-from helpers.models.schedulers import ZERO_TERMINAL_SNR, prediction_type_of, schedule_of
+from helpers.models.schedulers import SCHEDULER_CONFIG, ZERO_TERMINAL_SNR, prediction_type_of, schedule_of
 from helpers.models.spaces import Latents
 from helpers.models.spec import Spec
 
@@ -149,7 +149,7 @@ def check(family: Family, spec: Spec, folder: Path, loss: LossOptions = LossOpti
     if spec.space.component:
         _check_vae(spec, folder)
     schedulers = [name for name in components(spec) if name.endswith("scheduler")]
-    configs = {name: _json(folder / name / "scheduler_config.json") for name in schedulers}
+    configs = {name: _json(folder / name / SCHEDULER_CONFIG) for name in schedulers}
     _check_prediction(family, spec, folder, configs["scheduler"].get("prediction_type", "epsilon"), loss)
 
 
@@ -282,7 +282,7 @@ def _wrong_unet(spec: Spec, unet: dict) -> str | None:
 
 def _json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
     try:
-        content = load_json(path, max_bytes)
+        content = load_json(path, max_bytes, minus_infinity=path.name == SCHEDULER_CONFIG)
     except (OSError, BadJson) as error:
         raise WeightsError(f"{OPTION}: {path} cannot be read ({error}).") from error
     if not isinstance(content, dict):

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
 from helpers.models.facts import Origin
+from helpers.models.schedulers import SCHEDULER_CONFIG
 
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -50,7 +51,7 @@ def write_pipeline(unet: UNet2DConditionModel, base: Path, output: Path, variant
         index["scheduler"] = ["diffusers", "DDIMScheduler"]
         changes["_class_name"] = "DDIMScheduler"
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-    _change_json(partial / "scheduler" / "scheduler_config.json", **changes)
+    _change_json(partial / "scheduler" / SCHEDULER_CONFIG, **changes)
     save_unet(unet, partial / "unet")
     shutil.rmtree(pipeline, ignore_errors=True)
     return partial.rename(pipeline)

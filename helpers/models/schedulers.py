@@ -19,6 +19,9 @@ from diffusers import (
 
 from helpers.diffusion.noising import Schedule, schedule_from_betas
 
+SCHEDULER_CONFIG = "scheduler_config.json"
+"""The name of a scheduler's file, in which diffusers writes -Infinity for DPM-Solver's `lambda_min_clipped`."""
+
 SAMPLERS: Mapping[str, type[SchedulerMixin]] = MappingProxyType({
     "ddpm": DDPMScheduler,
     "ddim": DDIMScheduler,
@@ -30,9 +33,12 @@ SAMPLERS: Mapping[str, type[SchedulerMixin]] = MappingProxyType({
 """By the words of the option validation_noise_scheduler; each reads the configuration of any other."""
 
 ZERO_TERMINAL_SNR: Mapping[str, Any] = MappingProxyType({
-    "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"
+    "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False
 })
-"""What a scheduler is told where the last timestep is noise alone, at which sampling then begins (Lin et al. 2024)."""
+"""What a scheduler is told where the last timestep is noise alone, at which sampling then begins (Lin et al. 2024).
+
+It may become a DDIM, which clips x_0 if it is not told otherwise.
+"""
 
 
 def prediction_type_of(folder: Path) -> str:

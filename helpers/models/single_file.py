@@ -33,6 +33,7 @@ from helpers.files import flush, is_full, printable, telling_if_full
 from helpers.models.errors import OPTION, WeightsError
 from helpers.models.fingerprints import fingerprint_file, fingerprint_files
 from helpers.models.loading import LARGEST_JSON, require_safetensors
+from helpers.models.schedulers import SCHEDULER_CONFIG
 
 CONFIG_OPTION = ROWS["single_file_config"].label
 
@@ -57,7 +58,7 @@ CONFIGS: Mapping[tuple[str, str | None], str] = {
 """Whose small files fit a version, with a prediction type where the version alone does not decide."""
 
 CONFIG_FILES = {"unet": "config.json", "vae": "config.json", "text_encoder": "config.json",
-                "scheduler": "scheduler_config.json"}  # fmt: skip
+                "scheduler": SCHEDULER_CONFIG}  # fmt: skip
 TOKENIZER_FILES = ("*.json", "*.txt")
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -433,7 +434,7 @@ def _copy_configs(conversion: Conversion, configs: Path, folder: Path) -> None:
     (folder / "tokenizer").mkdir(parents=True)
     for path in (path for pattern in TOKENIZER_FILES for path in (configs / "tokenizer").glob(pattern)):
         shutil.copyfile(path, folder / "tokenizer" / path.name)
-    scheduler = contents["scheduler/scheduler_config.json"]
+    scheduler = contents[f"scheduler/{SCHEDULER_CONFIG}"]
     kind = getattr(diffusers, str(scheduler.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise WeightsError(f"{CONFIG_OPTION}: the scheduler in {printable(configs)} is none of diffusers'.")
@@ -458,7 +459,7 @@ def _copy_configs(conversion: Conversion, configs: Path, folder: Path) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        content = load_json(path, LARGEST_JSON)
+        content = load_json(path, LARGEST_JSON, minus_infinity=path.name == SCHEDULER_CONFIG)
     except (OSError, BadJson) as error:
         raise WeightsError(f"{CONFIG_OPTION}: {printable(path)} cannot be read ({error}).") from error
     if not isinstance(content, dict):

@@ -62,9 +62,11 @@ class Sampling:
         """The family's pipeline around the UNet in training."""
         spec = run.parts.spec
         kind, low_res = getattr(diffusers, spec.pipeline), spec.conditioning.scheduler
+        # DDIM and DDPM clip x_0 unless they are told not to, and only some pipelines tell them.
+        unclipped = {"clip_sample": False} if spec.space.component else {}
         components = {
             "unet": run.parts.unet,
-            "scheduler": sampler(self.noise_scheduler, self.base, self.scheduler_changes),
+            "scheduler": sampler(self.noise_scheduler, self.base, {**self.scheduler_changes, **unclipped}),
             "requires_safety_checker": False,
         }
         if run.parts.denoiser.controlnet is not None:
@@ -97,7 +99,8 @@ class Sampling:
         pictures, negative = [], self.embed(self.negative)
         for start in range(0, len(embeds), count):
             part = slice(start, start + count)
-            prompts = torch.stack(list(embeds[part])).to(pipeline.unet.device, pipeline.unet.dtype)
+            # Cast before they are joined: float16's autocast joins no bfloat16, which cached ones are.
+            prompts = torch.stack([own.to(pipeline.unet.device, pipeline.unet.dtype) for own in embeds[part]])
             made = pipeline(
                 prompt_embeds=prompts,
                 negative_prompt_embeds=negative.to(prompts).expand_as(prompts),

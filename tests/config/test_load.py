@@ -166,6 +166,7 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--controlnet"], "no ControlNet can be made for DeepFloyd IF stage I: it would be a copy of the UNet's"),
     (["--controlnet", "--model_type=lora"], "set model_type to full, or controlnet to false"),
     (["--controlnet", "--model_type=full", "--use_bitfit"], "a ControlNet is trained as a whole"),
+    (["--controlnet", "--model_type=full", "--validation_guidance_rescale=0.5"], "a ControlNet has no guidance"),
     (["--use_bitfit", "--use_dora"], "set one of the two to false"),
     (["--use_bitfit", "--use_rslora", "--model_type=deepfloyd-full"], "set one of the two to false"),
 ])
