@@ -85,9 +85,9 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     datasets, images, controls = _cache_images(job, plan.datasets, fetched, accelerator.device)
     model = fetched()
     base = fingerprint_unet(model, variant)
-    if plan.checkpoint:
-        checkpoints.require_base(plan.checkpoint, base)
     origin = origin_of(name, job.config.family.key, job.spec, model, assembly.loss_settings(job.config.loss))
+    if plan.checkpoint:
+        checkpoints.require_base(plan.checkpoint, base, origin.prediction_type)
     job = replace(job, adapter=replace(job.adapter, origin=origin), base=base)
     sampler = job.sampler(datasets)
     ending = job.ending(sampler)
@@ -239,8 +239,9 @@ def _train_and_export(
         require_finite(run)
         # What broke a streak of skipped steps may be in the weights already: then no older checkpoint goes.
         keep = 0 if run.skipped_in_a_row else options.run.checkpoints_total_limit
-        made = {"options": job.options["options"], "processes": processes.count, "data": data, "base": job.base}
-        state = {**made, "since": job.since.state(), "run": run.state()}
+        made = {"options": job.options["options"], "processes": processes.count, "data": data}
+        learned_on = {"base": job.base, "prediction": job.adapter.origin.prediction_type}
+        state = {**made, **learned_on, "since": job.since.state(), "run": run.state()}
         processes.first_does(lambda: checkpoints.save(output, run.step, job.adapter, run.parts.denoiser, state, keep))
 
     def answer(run: Run) -> None:

@@ -19,7 +19,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.caching.images import ImageCache
 from helpers.models.facts import read_adapter_facts
@@ -270,6 +270,22 @@ def test_a_vae_of_another_model_is_refused(sd, tiny_sd, tmp_path, capsys):
     (model / "vae" / "config.json").write_text(json.dumps(config))
     assert sd(pretrained_model_name_or_path=model) == 2
     assert "makes 4 channels, 4 times smaller than the image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file, lacking, what", [
+    ("unet/diffusion_pytorch_model", "conv_out", "the UNet or a scheduler"),
+    ("vae/diffusion_pytorch_model", "encoder.conv_in", "the VAE"),
+    ("text_encoder/model", "self_attn.q_proj", "the text encoder or its tokenizer"),
+])
+def test_weights_that_are_in_no_file_are_not_made_up(sd, tiny_sd, tmp_path, capsys, file, lacking, what):
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    weights = load_file(model / f"{file}.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if lacking not in name}
+    save_file(kept, model / f"{file}.safetensors", {"format": "pt"})
+    assert sd(pretrained_model_name_or_path=model) == 2
+    said = capsys.readouterr().err
+    assert f"{what} in {model} cannot be loaded" in said
+    assert f"{len(weights) - len(kept)} of its weights are in no file, such as" in said and lacking in said
 
 
 def test_captions_that_clip_cuts_are_told(sd, tmp_path, capfd):

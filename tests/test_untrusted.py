@@ -111,7 +111,7 @@ def calls_of(*functions: str) -> list[str]:
 
 
 def test_every_model_is_loaded_from_safetensors_only():
-    calls = calls_of("Model.from_pretrained", "Pipeline.from_pretrained")
+    calls = calls_of("Model.from_pretrained", "Pipeline.from_pretrained", "kind.from_pretrained")
     assert calls and all("use_safetensors=True" in call for call in calls), calls
 
 

@@ -1,8 +1,9 @@
-"""What is said of weights that cannot be used."""
+"""Weights that cannot be used: how that is found, and what is said of it."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from helpers.config.options import ROWS
 
@@ -19,3 +20,18 @@ def unfit(what: str, folder: Path, error: Exception) -> WeightsError:
         f"{OPTION}: {what} in {folder} cannot be loaded, as its files do not fit together"
         f" ({type(error).__name__}: {error}): download it again."
     )
+
+
+def load_whole(kind: type, folder: Path, **options: Any) -> Any:
+    """A library's model, with all of its weights from the safetensors files of a folder.
+
+    What the files lack transformers draws at random, and diffusers leaves without values; neither says so.
+
+    Raises:
+        ValueError: the files lack some, or whatever else the library finds.
+    """
+    # Never a pickled file, which the libraries would fall back to.
+    model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{len(missing):,} of its weights are in no file, such as {missing[0]}")
+    return model

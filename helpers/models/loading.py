@@ -22,7 +22,7 @@ from helpers.config.families import FAMILIES, MODEL_TYPES, Family
 from helpers.config.jsonfile import MAX_BYTES, BadJson, load_json
 from helpers.config.options import ROWS, LossOptions
 from helpers.config.problems import found
-from helpers.models.errors import OPTION, WeightsError, unfit
+from helpers.models.errors import OPTION, WeightsError, load_whole, unfit
 from helpers.models.families import SPECS
 from helpers.models.parts import LossSettings, Parts, put_together
 from helpers.models.schedulers import SCHEDULER_CONFIG, ZERO_TERMINAL_SNR, prediction_type_of, schedule_of
@@ -304,8 +304,7 @@ def load(
         with_text_encoder: put the text encoder beside the UNet, to be trained too, in the same dtype.
     """
     try:
-        # Never a pickled file, which diffusers would fall back to.
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", dtype=dtype, variant=variant, use_safetensors=True)
+        unet = load_whole(UNet2DConditionModel, folder / "unet", dtype=dtype, variant=variant)
         low_res = spec.conditioning.scheduler
         rescaled = ZERO_TERMINAL_SNR if loss.zero_terminal_snr else {}
         schedules = schedule_of(folder, "scheduler", rescaled), low_res and schedule_of(folder, low_res)

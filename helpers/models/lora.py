@@ -27,6 +27,9 @@ CLIP_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 MAGNITUDE = ".lora_magnitude_vector"
 
+CLIP_LEVEL = "text_model."
+"""A level of CLIP's names that transformers has dropped. Files keep it: tools from before that look for it."""
+
 
 @dataclass(frozen=True)
 class LoRA:
@@ -119,6 +122,7 @@ class LoRA:
         )
         states = {f"{name}_lora_layers": get_peft_model_state_dict(part) for name, part in parts.items()}
         if texts := states.get("text_encoder_lora_layers"):
+            texts = {f"{CLIP_LEVEL}{name}": one for name, one in texts.items()}
             # Of a text encoder diffusers reads magnitudes by this name only, and without a word draws others.
             states["text_encoder_lora_layers"] = _renamed(texts, MAGNITUDE, f"{MAGNITUDE}.weight")
         getattr(diffusers, self.origin.pipeline).save_lora_weights(folder, **states, save_function=write)
@@ -127,7 +131,8 @@ class LoRA:
         state = _renamed(load_file(folder / LORA_FILE), f"{MAGNITUDE}.weight", MAGNITUDE)
         for name, part in _parts(denoiser).items():
             own = {key: state.pop(key) for key in list(state) if key.startswith(f"{name}.")}
-            result = set_peft_model_state_dict(part, {key.removeprefix(f"{name}."): one for key, one in own.items()})
+            own = {key.removeprefix(f"{name}.").removeprefix(CLIP_LEVEL): one for key, one in own.items()}
+            result = set_peft_model_state_dict(part, own)
             wrong = [key for key in result.missing_keys if "lora_" in key] + result.unexpected_keys
             if wrong:
                 raise ValueError(f"{folder / LORA_FILE} does not fit: {wrong}")

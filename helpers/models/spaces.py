@@ -10,9 +10,15 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from helpers.diffusion.draws import Draws
-from helpers.models.errors import unfit
+from helpers.models.errors import load_whole, unfit
 from helpers.models.fingerprints import fingerprint_model
 from helpers.sizes import Size
+
+VAE_BYTES = 334_600_000
+"""The weights of the published VAEs in float32; all of them have one architecture."""
+
+ENCODING_BYTES = 2_570
+"""What its encoder holds at the most for each pixel that it is shown: 5 tensors of 128 channels at full size."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,10 @@ class Latents:
         width, height = self.size(image)
         return 2 * self.channels * width * height * torch.float16.itemsize
 
+    def encoding_bytes(self, images: int, size: Size) -> int:
+        """About what a published VAE takes to encode so many images of this size, in pixels, at a time."""
+        return VAE_BYTES + ENCODING_BYTES * images * size.width * size.height
+
     def fingerprint(self, folder: Path, variant: str | None = None) -> dict[str, str]:
         """What determines the cached moments besides the image: those of another VAE are made anew."""
         return {"vae": fingerprint_model(folder / "vae", variant)}
@@ -82,7 +92,7 @@ class Latents:
     def load(self, folder: Path, device: torch.device, variant: str | None = None) -> AutoencoderKL:
         """The VAE, in float32: SD's own lose detail or overflow in less."""
         try:
-            vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=torch.float32, variant=variant, use_safetensors=True)
+            vae = load_whole(AutoencoderKL, folder / "vae", dtype=torch.float32, variant=variant)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a config of any content makes diffusers raise

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from helpers.captions.cleaning import clean
-from helpers.models.errors import unfit
+from helpers.models.errors import load_whole, unfit
 from helpers.models.fingerprints import fingerprint_files
 
 DTYPE = torch.bfloat16
@@ -188,7 +188,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _encoder(
     kind: type[PreTrainedModel], folder: Path, dtype: torch.dtype, variant: str | None
 ) -> PreTrainedModel:
-    return kind.from_pretrained(folder / "text_encoder", dtype=dtype, variant=variant, use_safetensors=True)
+    return load_whole(kind, folder / "text_encoder", dtype=dtype, variant=variant)
 
 
 @contextmanager

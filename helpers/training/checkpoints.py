@@ -342,15 +342,25 @@ def changes(
     return changed
 
 
-def require_base(folder: Path, base: str) -> None:
-    """See that a checkpoint was made on top of these weights, by a fingerprint of their files.
+def require_base(folder: Path, base: str, prediction: str) -> None:
+    """See that a checkpoint was made on top of these weights, and learned to predict the same.
+
+    Args:
+        base: a fingerprint of the weights' files.
+        prediction: "epsilon" or "v_prediction": of a single file it may be a guess, which was put right since.
 
     Raises:
-        CheckpointError: they were changed, though they are still found by the same name.
+        CheckpointError: either was changed, though the weights are still found by the same name.
     """
     with refused_if_other(folder):
-        was = load_plain(folder).get("base", base)  # checkpoints of before have none
-    if was != base:
+        saved = load_plain(folder)
+    learned = saved.get("prediction", prediction)  # checkpoints of before have neither
+    if learned != prediction:
+        raise CheckpointError(
+            f"{ROWS['prediction_type'].label}: the weights are taken to predict {prediction!r}, but {folder.name} learned"
+            f" to predict {learned!r}. Say that to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
+        )
+    if saved.get("base", base) != base:
         raise CheckpointError(
             f"{ROWS['pretrained_model_name_or_path'].label}: the UNet's files there have changed since {folder.name}"
             " was made: its weights were learned on top of the other ones. Put those back to go on with it, or name another"

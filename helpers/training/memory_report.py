@@ -10,6 +10,7 @@ import torch
 from helpers.config.optimizers import OPTIMIZERS
 from helpers.config.options import TEXT_ENCODER_OPTIONS, Config
 from helpers.models import published
+from helpers.models.spaces import Latents
 from helpers.models.spec import Spec
 from helpers.sizes import Size
 from helpers.training import assembly
@@ -51,6 +52,14 @@ def report(config: Config, spec: Spec, architecture: Path, size: Size, free: int
     """All parts for a dry run, a line for a real one; and a warning where the GPU has fewer bytes `free`."""
     memory, batch = estimate(setup_of(config, spec, architecture, size)), config.training.train_batch_size
     lines = [describe(memory, batch, size) if config.run.dry_run else in_a_line(memory, batch, size)]
+    if config.run.dry_run and isinstance(spec.space, Latents):
+        count = config.data.vae_batch_size
+        one, some = (shown(spec.space.encoding_bytes(number, size)) for number in (1, count))
+        less = "" if count == 1 else f" (VAE_BATCH_SIZE=1, --vae_batch_size, makes that {one})"
+        lines.append(
+            f"  before that, for images that are not cached yet, their VAE: a published one takes {some}, {count} at a"
+            f" time{less}"
+        )
     if config.run.dry_run and config.data.text_encoder_device == "auto" and not config.lora.train_text_encoder:
         lines.append(
             f"  before that, for captions that are not cached yet, their encoder: the published {spec.text.published}"

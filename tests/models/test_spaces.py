@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
 from helpers.diffusion.draws import Draws
 from helpers.models.spaces import Latents, Pixels
 from helpers.sizes import Size
+from helpers.training.memory import Ledger
 
 CPU = torch.device("cpu")
 
@@ -71,6 +73,20 @@ def test_a_cached_image_takes_what_is_said(tiny_sd, pictures):
     row = space.moments(space.load(tiny_sd, CPU), pictures)[0]
     assert row.nbytes == space.cached_bytes(Size(192, 128))
     assert Pixels().cached_bytes(Size(192, 128)) == pictures[0].nbytes
+
+
+def test_encoding_takes_about_what_is_said():
+    """Of the architecture of all published VAEs of Stable Diffusion, counted while it encodes tensors without data."""
+    with torch.device("meta"), torch.inference_mode():
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2,
+            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4,
+        )  # fmt: skip
+        images, weights = torch.empty(2, 3, 512, 768), list(vae.parameters())
+        with Ledger([*weights, images]) as ledger:
+            vae.encode(images)
+    taken = ledger.most + sum(weight.nbytes for weight in weights) + images.nbytes
+    assert Latents().encoding_bytes(2, Size(768, 512)) == pytest.approx(taken, rel=0.02)
 
 
 def test_the_fingerprint_is_that_of_the_vae_alone(tiny_sd, tmp_path):

@@ -170,6 +170,14 @@ def test_a_file_tells_that_a_text_encoder_is_in_it_and_names_no_path(both, lora,
     assert str(tiny_sd) not in "".join(stored.values())
 
 
+def test_layers_have_the_names_that_older_transformers_and_other_tools_look_for(both, lora, tmp_path):
+    denoiser = both()
+    lora().attach(denoiser, torch.float32)
+    lora().save_weights(denoiser, tmp_path)
+    names = [name for name in load_file(tmp_path / LORA_FILE) if not name.startswith("unet.")]
+    assert names and all(name.startswith("text_encoder.text_model.encoder.layers.") for name in names)
+
+
 def test_of_the_unet_alone_nothing_is_said_of_a_text_encoder(lora, tiny_sd, tmp_path):
     denoiser = loading.load(SPEC, tiny_sd, torch.float32).denoiser
     lora(text_encoder_rank=None).attach(denoiser, torch.float32)

@@ -176,11 +176,18 @@ def test_other_settings_are_refused_by_name_with_both_values_and_the_reason(tmp_
 
 
 def test_a_base_that_was_changed_in_its_place_is_refused(tmp_path):
-    checkpoints.require_base(save(tmp_path, 5), "any, as it was not noted")
+    checkpoints.require_base(save(tmp_path, 5), "any, as it was not noted", "epsilon")
     folder = save(tmp_path, 6, state={**STATE, "base": "a1"})
-    checkpoints.require_base(folder, "a1")
+    checkpoints.require_base(folder, "a1", "epsilon")
     with pytest.raises(CheckpointError, match="MODEL_NAME.* have changed since checkpoint-6"):
-        checkpoints.require_base(folder, "b2")
+        checkpoints.require_base(folder, "b2", "epsilon")
+
+
+def test_a_checkpoint_that_learned_another_prediction_is_refused(tmp_path):
+    folder = save(tmp_path, 6, state={**STATE, "prediction": "v_prediction"})
+    checkpoints.require_base(folder, "a1", "v_prediction")
+    with pytest.raises(CheckpointError, match="PREDICTION_TYPE.*'epsilon', but checkpoint-6 learned to predict 'v_pred"):
+        checkpoints.require_base(folder, "a1", "epsilon")
 
 
 def test_settings_that_may_change_are_told_with_both_values(tmp_path):

@@ -49,6 +49,17 @@ def test_a_gpu_that_is_too_small_is_told_with_what_each_option_would_bring(tiny_
     assert brought == sorted(brought) and len(brought) == 6
 
 
+@pytest.mark.parametrize("count, words", [
+    (4, "takes 3.03 GB, 4 at a time (VAE_BATCH_SIZE=1, --vae_batch_size, makes that 1.01 GB)"),
+    (1, "takes 1.01 GB, 1 at a time"),
+])
+def test_a_dry_run_tells_what_the_vae_takes_before_the_training(count, words):
+    config = config_of(model_type="lora", vae_batch_size=count, dry_run=True)
+    architecture = ARCHITECTURES / "stable-diffusion-v1_unet.json"
+    said = memory_report.report(config, SPECS["sd"], architecture, Size(512, 512), None)
+    assert f"for images that are not cached yet, their VAE: a published one {words}" in said.splitlines()[-2]
+
+
 def test_what_is_used_already_is_not_proposed_again():
     flags = {"gradient_checkpointing": True, "train_batch_size": 1, "pure_bf16": True, "model_type": "deepfloyd-lora"}
     assert list(memory_report.savings(config_of(**flags))) == []
