@@ -112,7 +112,7 @@ VALUES = {
 SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
 NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler=polynomial"],
           "soft_min_snr": ["--snr_gamma=5"], "strict": ["--check"],
-          **dict.fromkeys(["export", "rescale_betas_zero_snr", "train_text_encoder", "vae_batch_size",
+          **dict.fromkeys(["export", "prediction_type", "rescale_betas_zero_snr", "train_text_encoder", "vae_batch_size",
                            "validation_noise_scheduler"], ["--model_type=lora"]),
           **dict.fromkeys(["text_encoder_lora_rank", "text_encoder_lora_alpha", "text_encoder_learning_rate"],
                           ["--model_type=lora", "--train_text_encoder"]),

@@ -26,6 +26,7 @@ from helpers.models.facts import read_adapter_facts
 from helpers.models.results import load_adapter
 from helpers.training import loop
 from helpers.training.step import training_loss
+from helpers.validation.render import SHEET
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 
@@ -44,7 +45,10 @@ def sd(trainer, tiny_sd, tmp_path, photos):
             "data_backend_config": data,
             **flags,
         }
-        return trainer(**flags)
+        code = trainer(**flags)
+        drawn = Path(flags.get("output_dir", tmp_path / "output")) / "validation_images"
+        assert all((step / SHEET).exists() for step in drawn.glob("step_*")), "a validation failed"
+        return code
 
     def dataset(**keys: object) -> None:
         entry = {"id": "photos", "instance_data_dir": str(photos), "caption_strategy": "textfile", **keys}

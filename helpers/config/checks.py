@@ -166,10 +166,16 @@ def _schedulers(config: Config) -> Iterator[Problem]:
             ("validation_noise_scheduler", "model_type"),
             f"found {name!r}, {family.name} is sampled with {one_of(family.noise_schedulers)}",
         )
-    if config.loss.rescale_betas_zero_snr and config.loss.prediction_type == "epsilon":
+    predicted = config.loss.prediction_type
+    if predicted not in (None, *family.predictions):
         yield Problem(
-            ("rescale_betas_zero_snr", "prediction_type"),
-            "found true beside prediction_type epsilon: where the last timestep is noise alone, the noise tells nothing "
+            ("prediction_type", "model_type"),
+            f"found {predicted!r}, {family.name} predicts {one_of(family.predictions)}: remove it",
+        )
+    if config.loss.rescale_betas_zero_snr and (predicted == "epsilon" or "v_prediction" not in family.predictions):
+        yield Problem(
+            ("rescale_betas_zero_snr", "prediction_type", "model_type"),
+            "found true for a model that predicts epsilon: where the last timestep is noise alone, the noise tells nothing "
             "of the image, so set it to false, or train weights that predict v",
         )
 

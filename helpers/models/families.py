@@ -18,7 +18,6 @@ SPECS = {
         text=CLIP(),
         conditioning=TextOnly(),
         pipeline="StableDiffusionPipeline",
-        predictions=("epsilon", "v_prediction"),
         controlnet_pipeline="StableDiffusionControlNetPipeline",
     ),
 }

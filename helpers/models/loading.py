@@ -150,7 +150,7 @@ def check(family: Family, spec: Spec, folder: Path, loss: LossOptions = LossOpti
         _check_vae(spec, folder)
     schedulers = [name for name in components(spec) if name.endswith("scheduler")]
     configs = {name: _json(folder / name / SCHEDULER_CONFIG) for name in schedulers}
-    _check_prediction(family, spec, folder, configs["scheduler"].get("prediction_type", "epsilon"), loss)
+    _check_prediction(family, folder, configs["scheduler"].get("prediction_type", "epsilon"), loss)
 
 
 def _check_vae(spec: Spec, folder: Path) -> None:
@@ -166,10 +166,10 @@ def _check_vae(spec: Spec, folder: Path) -> None:
         )
 
 
-def _check_prediction(family: Family, spec: Spec, folder: Path, predicted: str, loss: LossOptions) -> None:
+def _check_prediction(family: Family, folder: Path, predicted: str, loss: LossOptions) -> None:
     """See that what the weights predict can be trained, and is what the options say."""
-    if predicted not in spec.predictions:
-        offered = " or ".join(spec.predictions)
+    if predicted not in family.predictions:
+        offered = " or ".join(family.predictions)
         raise WeightsError(f"{OPTION}: {folder} predicts {predicted!r}; {family.name} is trained on {offered}.")
     if loss.prediction_type not in (None, predicted):
         raise WeightsError(

@@ -17,7 +17,6 @@ class Spec:
     text: T5 | CLIP
     conditioning: TextOnly | NoisedLowRes
     pipeline: str  # the class of diffusers that samples it
-    predictions: tuple[str, ...] = ("epsilon",)  # what its UNets may predict
     controlnet_pipeline: str | None = None  # the class that samples it with a ControlNet, where it can have one
 
     @property

@@ -169,6 +169,8 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--controlnet", "--model_type=full", "--validation_guidance_rescale=0.5"], "a ControlNet has no guidance"),
     (["--use_bitfit", "--use_dora"], "set one of the two to false"),
     (["--use_bitfit", "--use_rslora", "--model_type=deepfloyd-full"], "set one of the two to false"),
+    (["--prediction_type=v_prediction"], "DeepFloyd IF stage I predicts"),
+    (["--rescale_betas_zero_snr"], "found true for a model that predicts epsilon"),
 ])
 def test_options_that_do_not_fit_together_are_refused(flags, words):
     problems = problems_of(*flags)
