@@ -121,6 +121,7 @@ NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler
           "timestep_bias_portion": ["--timestep_bias_strategy=later"],
           "timestep_bias_begin": ["--timestep_bias_strategy=range"],
           "timestep_bias_end": ["--timestep_bias_strategy=range"],
+          "validation_noise_level": ["--model_type=deepfloyd-stage2-lora"],
           "num_eval_images": ["--model_type=deepfloyd-stage2-lora"], "use_bitfit": ["--model_type=deepfloyd-full"],
           "controlnet": ["--model_type=full"]}
 BASE = {"model_type": "deepfloyd-lora"}

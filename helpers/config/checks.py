@@ -460,6 +460,9 @@ def _export(config: Config) -> Iterator[Problem]:
 
 
 def _loss(config: Config) -> Iterator[Problem]:
+    if not config.loss.train_variance and not config.family.predicts_variance:
+        words = f"found false, but {config.family.name} predicts no variance that could be trained: remove it"
+        yield Problem(("train_variance", "model_type"), words)
     if config.loss.soft_min_snr and not config.loss.snr_gamma:
         words = "found true without a snr_gamma, which it softens: type a snr_gamma such as 5, or set it to false"
         yield Problem(("soft_min_snr", "snr_gamma"), words)
@@ -509,6 +512,10 @@ def _eval_images(config: Config) -> Iterator[Problem]:
     if config.validation.num_eval_images and not config.shows_eval_images:
         words = f"found {config.validation.num_eval_images}, {config.family.name} is judged by its validation prompts: "
         yield Problem(("num_eval_images", "model_type"), words + "set it to 0")
+    level = config.validation.validation_noise_level
+    if level != ROWS["validation_noise_level"].field.default and not config.family.upscales:
+        words = f"found {level}, but validation of {config.family.name} upscales nothing: remove it"
+        yield Problem(("validation_noise_level", "model_type"), words)
 
 
 def _tracker(config: Config) -> Iterator[Problem]:

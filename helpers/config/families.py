@@ -19,11 +19,12 @@ class Family:
 
     `flavours` maps a flavour's name to its hub id. `alignment` is the number of pixels that every edge must be a
     multiple of; `resolution` is the edge in pixels at which the family was trained, and `resolutions` that of flavours
-    which were trained at another. A family that `upscales` learns from images and their low-resolution copies: an
-    image below the resolution would teach it blur. `generations` are narrower names for `model_family`, each with its
-    flavours, the default first. `predictions` are what its UNets may predict. `pixels_per_latent` is set where a VAE
-    stands between images and UNet. `lacks_layers` are those of `LORA_TARGETS` that its UNet has not. `kohya`: ComfyUI,
-    A1111 and kohya's tools have the model, so that its adapters can be exported for them. `trains_text_encoder`: an adapter of its text encoder can be trained too.
+    which were trained at another. A family that `upscales` learns from images and their low-resolution copies: an image
+    below the resolution would teach it blur. `generations` are narrower names for `model_family`, each with its
+    flavours, the default first. `predictions` are what its UNets may predict, and `predicts_variance` whether a
+    variance beside it. `pixels_per_latent` is set where a VAE stands between images and UNet. `lacks_layers` are those
+    of `LORA_TARGETS` that its UNet has not. `kohya`: ComfyUI, A1111 and kohya's tools have the model, so that its
+    adapters can be exported for them. `trains_text_encoder`: an adapter of its text encoder can be trained too.
     `controlnet`: a ControlNet can be trained beside its UNet. Models of a family with `single_file` are also given away
     as one `.safetensors` file each. `former_names` are hub ids that flavours had once, and that hub caches still know.
     """
@@ -43,6 +44,7 @@ class Family:
     validation_guidance: float
     num_eval_images: int
     predictions: tuple[str, ...] = ("epsilon",)
+    predicts_variance: bool = True
     upscales: bool = False
     single_file: bool = False
     largest_factor: int = 4
@@ -137,6 +139,7 @@ STABLE_DIFFUSION = Family(
     validation_guidance=7.5,
     num_eval_images=0,
     predictions=("epsilon", "v_prediction"),
+    predicts_variance=False,
     resolutions=MappingProxyType({"2.0": 768, "2.1": 768}),
     generations=MappingProxyType({"sd1x": ("1.5", "1.4"), "sd2x": ("2.1", "2.1-base", "2.0", "2.0-base")}),
     pixels_per_latent=8,

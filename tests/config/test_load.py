@@ -170,6 +170,8 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--use_bitfit", "--use_dora"], "set one of the two to false"),
     (["--use_bitfit", "--use_rslora", "--model_type=deepfloyd-full"], "set one of the two to false"),
     (["--prediction_type=v_prediction"], "DeepFloyd IF stage I predicts"),
+    (["--validation_noise_level=100"], "validation of DeepFloyd IF stage I upscales nothing"),
+    (["--train_variance=false", "--model_type=full"], "predicts no variance that could be trained"),
     (["--rescale_betas_zero_snr"], "found true for a model that predicts epsilon"),
 ])
 def test_options_that_do_not_fit_together_are_refused(flags, words):
