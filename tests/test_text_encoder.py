@@ -15,7 +15,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.models.facts import read_adapter_facts
 from helpers.models.kohya import KOHYA_FILE
@@ -157,3 +157,13 @@ def test_two_processes_train_it_as_one_does_with_the_same_global_batch(tmp_path,
     one, two = (load_file(tmp_path / f"output-{count}" / LORA_FILE) for count in (1, 2))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
+
+
+def test_a_text_encoder_that_was_changed_in_its_place_is_noticed_on_resume(sd, tiny_sd, tmp_path, capsys):
+    model = shutil.copytree(tiny_sd, tmp_path / "model")
+    assert sd(pretrained_model_name_or_path=model) == 0
+    weights = load_file(model / "text_encoder" / "model.safetensors")
+    save_file({name: tensor + 0.1 for name, tensor in weights.items()}, model / "text_encoder" / "model.safetensors",
+              {"format": "pt"})
+    assert sd(pretrained_model_name_or_path=model, max_train_steps=4) == 2
+    assert "the weights' files there have changed since checkpoint-2" in capsys.readouterr().err

@@ -371,7 +371,7 @@ def test_base_weights_that_were_changed_in_their_place_are_refused_on_resume(tra
     path = base / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     assert trainer(pretrained_model_name_or_path=base, max_train_steps=4) == 2
-    assert "the UNet's files there have changed since checkpoint-2" in capsys.readouterr().err
+    assert "the weights' files there have changed since checkpoint-2" in capsys.readouterr().err
 
 
 @pytest.fixture

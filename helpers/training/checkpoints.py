@@ -362,7 +362,7 @@ def require_base(folder: Path, base: str, prediction: str) -> None:
         )
     if saved.get("base", base) != base:
         raise CheckpointError(
-            f"{ROWS['pretrained_model_name_or_path'].label}: the UNet's files there have changed since {folder.name}"
+            f"{ROWS['pretrained_model_name_or_path'].label}: the weights' files there have changed since {folder.name}"
             " was made: its weights were learned on top of the other ones. Put those back to go on with it, or name another"
             " OUTPUT_DIR (--output_dir) to start anew."
         )
