@@ -52,7 +52,8 @@ STAGE_2 = {"model_type": "deepfloyd-stage2-lora", "resolution": 64, "validation_
 LATENTS = {
     "model_type": "lora", "resolution": 64, "validation_resolution": 64, "max_train_steps": 3, "vae_batch_size": 2
 }
-KINDS = ("", "full", "stage 2", "latents")
+TEXT_ENCODER = LATENTS | {"train_text_encoder": True, "text_encoder_batch_size": None}
+KINDS = ("", "full", "stage 2", "latents", "text encoder")
 # The processes, the flags beside FLAGS, and which step is spoilt, of each run. Those of one `output` go on from each other.
 RUNS: dict[str, tuple[int, dict[str, object], int | str | None]] = {
     "one": (1, ONE, None),
@@ -64,6 +65,8 @@ RUNS: dict[str, tuple[int, dict[str, object], int | str | None]] = {
     "stage 2 two": (2, STAGE_2, None),
     "latents one": (1, LATENTS | ONE, None),
     "latents two": (2, LATENTS, None),
+    "text encoder one": (1, TEXT_ENCODER | ONE, None),
+    "text encoder two": (2, TEXT_ENCODER, None),
     "dropout": (2, DROPOUT, None),
     "dropout begun": (2, DROPOUT | {"max_train_steps": 4, "output": "resumed"}, None),
     "dropout resumed": (2, DROPOUT | {"output": "resumed"}, None),

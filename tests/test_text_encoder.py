@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from helpers.models.facts import read_adapter_facts
 from helpers.models.kohya import KOHYA_FILE
 from helpers.models.lora import LORA_FILE
-from tests.several import Seen
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red circle"
@@ -133,30 +129,6 @@ def test_a_dry_run_tells_the_memory_of_both_and_no_encoder_that_runs_before(sd, 
     assert weights[True] > weights[False]
     assert "text embeds of" in said[False] and "text embeds of" not in said[True]
     assert "TEXT_ENCODER_DEVICE" not in said[True]
-
-
-def test_two_processes_train_it_as_one_does_with_the_same_global_batch(tmp_path, tiny_sd, photos):
-    data = tmp_path / "sd.json"
-    data.write_text(json.dumps([{"id": "photos", "instance_data_dir": str(photos), "caption_strategy": "textfile"}]))
-    flags = {
-        "model_type": "lora", "pretrained_model_name_or_path": tiny_sd, "data_backend_config": data, "resolution": 64,
-        "train_text_encoder": True, "lora_rank": 2, "learning_rate": 1e-3, "max_train_steps": 3, "report_to": "none",
-        "mixed_precision": "no", "gradient_checkpointing": True, "cache_dir": tmp_path / "cache",
-    }
-    runs = []
-    for count, batch in ((1, 4), (2, 2)):
-        own = {"train_batch_size": batch, "output_dir": tmp_path / f"output-{count}"}
-        words = [f"--{name}={value}" for name, value in {**flags, **own}.items()]
-        folder = str(tmp_path / f"run-{count}")
-        runs.append({"folder": folder, "count": count, "flags": words, "spoil": None, "asked": {}})
-    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.several", json.dumps(runs)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=150, env=environ)
-    first, second = (Seen(**json.loads((tmp_path / "run-2" / f"rank-{rank}.json").read_text())) for rank in (0, 1))
-    assert (first.code, second.code) == (0, 0) and first.weights == second.weights
-    one, two = (load_file(tmp_path / f"output-{count}" / LORA_FILE) for count in (1, 2))
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
 
 
 def test_a_text_encoder_that_was_changed_in_its_place_is_noticed_on_resume(sd, tiny_sd, tmp_path, capsys):

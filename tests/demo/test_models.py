@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from examples.demo import score, score_stage2
@@ -21,14 +22,14 @@ from helpers.training.step import training_loss
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
 
-def test_stage_i_draws_what_it_knows_and_not_the_subject():
-    pipeline = score.load_pipeline(DEMO / "model", None)
-    wanted = [*KNOWN, *[SUBJECT] * 4]
+@pytest.mark.parametrize("model, guidance, each", [("model", 1.5, 1), ("sd", 3.0, 2)])
+def test_a_base_draws_what_it_knows_and_not_the_subject(model, guidance, each):
+    pipeline, known = score.load_pipeline(DEMO / model, None), KNOWN[::each]
+    wanted = [*known, *[SUBJECT] * 4]
     prompts = [CAPTIONS[1].format(colour=thing.colour, shape=thing.shape) for thing in wanted]
-    drawn = score.generate(pipeline, prompts, steps=15, guidance=1.5, seed=3)
-    known = len(KNOWN)
-    assert score.tally(wanted[:known], drawn[:known]).both >= 0.85
-    assert score.tally(wanted[known:], drawn[known:]).both <= 0.2
+    drawn = score.generate(pipeline, prompts, steps=15, guidance=guidance, seed=3)
+    assert score.tally(known, drawn[: len(known)]).both >= 0.85
+    assert score.tally(wanted[len(known) :], drawn[len(known) :]).both <= 0.2
 
 
 def test_stage_ii_beats_bicubic_upscaling_on_pictures_that_it_never_saw():
