@@ -18,7 +18,6 @@ from helpers.models.facts import read_adapter_facts
 from helpers.models.kohya import KOHYA_FILE
 from helpers.models.lora import LORA_FILE
 
-ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "a red circle"
 
 
