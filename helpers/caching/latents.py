@@ -68,7 +68,8 @@ class LatentCache(ImageCache):
             NonFiniteLatent: the VAE overflowed.
         """
         ordered = sorted(jobs, key=lambda job: _area(job.box), reverse=True)
-        return self.build(ordered, name=name, mine=mine, made_of=partial(_encoded, encode=encode, batch_size=batch_size))
+        moments_of = partial(_encoded, encode=encode, batch_size=batch_size)
+        return self.build(ordered, name=name, mine=mine, made_of=moments_of)
 
     def read(self, keys: Sequence[str], out: torch.Tensor) -> None:
         """Fill `out`, float16 `[B, 2C, h, w]` and contiguous, with the moments of these crops.

@@ -61,8 +61,9 @@ def problems(config: Config) -> Iterator[Problem]:
     if config.run.strict and config.run.check == "none":
         yield Problem(("strict", "check"), "found true without a check, whose exit code it sets: type --check beside it")
     yield from _schedulers(config)
-    if config.data.vae_batch_size not in (1, ROWS["vae_batch_size"].field.default) and not config.family.pixels_per_latent:
-        words = f"found {config.data.vae_batch_size}, but {config.family.name} has no VAE: remove it"
+    vae_batch_size, usual = config.data.vae_batch_size, ROWS["vae_batch_size"].field.default
+    if vae_batch_size not in (1, usual) and not config.family.pixels_per_latent:
+        words = f"found {vae_batch_size}, but {config.family.name} has no VAE: remove it"
         yield Problem(("vae_batch_size", "model_type"), words)
     yield from _guidance_rescale(config)
 
@@ -175,8 +176,8 @@ def _schedulers(config: Config) -> Iterator[Problem]:
     if config.loss.rescale_betas_zero_snr and (predicted == "epsilon" or "v_prediction" not in family.predictions):
         yield Problem(
             ("rescale_betas_zero_snr", "prediction_type", "model_type"),
-            "found true for a model that predicts epsilon: where the last timestep is noise alone, the noise tells nothing "
-            "of the image, so set it to false, or train weights that predict v",
+            "found true for a model that predicts epsilon: where the last timestep is noise alone, the noise tells "
+            "nothing of the image, so set it to false, or train weights that predict v",
         )
 
 

@@ -193,9 +193,11 @@ class ModelOptions(Group):
         help=f"What to train: {', '.join(MODEL_TYPES)}; or lora or full, beside model_family.",
         default_words="lora, where model_family is set")
     model_family: Text | None = option(
-        help="The family of models (deepfloyd, sd, sd1x, sd2x), the other way to say the model type.", default_words="by model_type")
+        help="The family of models (deepfloyd, sd, sd1x, sd2x), the other way to say the model type.",
+        default_words="by model_type")
     model_flavour: Text | None = option(
-        help=f"Which of the family's models: {', '.join(FLAVOURS)}.", default_words="i-medium-400m, ii-medium-450m, or 2.1")
+        help=f"Which of the family's models: {', '.join(FLAVOURS)}.",
+        default_words="i-medium-400m, ii-medium-450m, or 2.1")
     pretrained_model_name_or_path: ModelName | None = option(
         export="MODEL_NAME", help="The weights: a hub id, or a local folder in the diffusers layout.",
         default_words="the flavour's hub id")

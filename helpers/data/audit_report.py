@@ -138,7 +138,8 @@ def _needs(audit: Audit) -> Iterable[str]:
         yield f"steps: {audit.steps_per_epoch:,} an epoch, {audit.steps:,} in all"
     embeds = "an unknown size" if audit.embed_bytes is None else _size(audit.embed_bytes)
     free = "" if audit.free_bytes is None else f"; {_size(audit.free_bytes)} are free"
-    yield f"caches on the disk: {_size(audit.image_bytes)} of {audit.kept}, {embeds} of {audit.captions:,} captions{free}"
+    images = f"{_size(audit.image_bytes)} of {audit.kept}"
+    yield f"caches on the disk: {images}, {embeds} of {audit.captions:,} captions{free}"
     if audit.output_bytes is not None:
         yield f"checkpoints and result on the disk: {_size(audit.output_bytes)}"
     then = "about what filling an empty cache takes" if audit.kept == "pixels" else "then the VAE encodes the images"

@@ -73,7 +73,7 @@ class AdapterFacts(Origin):
 
 
 def variance_type_of(folder: Path) -> str | None:
-    """The variance that the scheduler of the pipeline in `folder` samples with, as diffusers names it, if it says so."""
+    """The variance that the scheduler of the pipeline in `folder` samples with, in diffusers' words, if it says so."""
     return DDPMScheduler.load_config(folder / "scheduler").get("variance_type")
 
 

@@ -140,11 +140,12 @@ def check(family: Family, spec: Spec, folder: Path, loss: LossOptions = LossOpti
     _require_readable(folder, spec)
     if not isinstance(unet.get("out_channels"), int):
         raise WeightsError(f"{OPTION}: {folder / 'unet' / 'config.json'} says no out_channels: it is damaged.")
-    width, read = _json(folder / "text_encoder" / "config.json").get(spec.text.width_key), unet.get(spec.text.reader_key)
+    width = _json(folder / "text_encoder" / "config.json").get(spec.text.width_key)
+    read = unet.get(spec.text.reader_key)
     if width != read:
         raise WeightsError(
-            f"{OPTION}: in {folder} the text encoder gives {width} values a token, the UNet takes {read}. They are not of"
-            " one model."
+            f"{OPTION}: in {folder} the text encoder gives {width} values a token, the UNet takes {read}. They are not"
+            " of one model."
         )
     if spec.space.component:
         _check_vae(spec, folder)
@@ -158,11 +159,11 @@ def _check_vae(spec: Spec, folder: Path) -> None:
     vae = _json(folder / "vae" / "config.json")
     levels, scale = vae.get("block_out_channels"), vae.get("scaling_factor", 0.18215)
     factor = 2 ** (len(levels) - 1) if isinstance(levels, list) and levels else None
-    found_factor, wanted = (vae.get("latent_channels"), factor), (spec.space.channels, spec.space.factor)
-    if found_factor != wanted or not isinstance(scale, (int, float)) or not scale > 0:
+    made, taken = (vae.get("latent_channels"), factor), (spec.space.channels, spec.space.factor)
+    if made != taken or not isinstance(scale, (int, float)) or not scale > 0:
         raise WeightsError(
-            f"{OPTION}: the VAE in {folder} makes {found_factor[0]} channels, {found_factor[1]} times smaller than the image,"
-            f" scaled by {scale}; the UNet takes {wanted[0]}, {wanted[1]} times smaller. They are not of one model."
+            f"{OPTION}: the VAE in {folder} makes {made[0]} channels, {made[1]} times smaller than the image, scaled by"
+            f" {scale}; the UNet takes {taken[0]}, {taken[1]} times smaller. They are not of one model."
         )
 
 
@@ -178,8 +179,8 @@ def _check_prediction(family: Family, folder: Path, predicted: str, loss: LossOp
         )
     if loss.rescale_betas_zero_snr and predicted != "v_prediction":
         raise WeightsError(
-            f"{ROWS['rescale_betas_zero_snr'].label}: found true, but the weights in {folder} predict {predicted!r}: where"
-            " the last timestep is noise alone, the noise tells nothing of the image. Set it to false, or name weights"
+            f"{ROWS['rescale_betas_zero_snr'].label}: found true, but the weights in {folder} predict {predicted!r}:"
+            " where the last timestep is noise alone, the noise tells nothing of the image. Set it to false, or name weights"
             " that predict v, such as Stable Diffusion 2.1's."
         )
 

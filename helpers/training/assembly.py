@@ -248,7 +248,14 @@ def loss_settings(loss: LossOptions) -> LossSettings:
         loss.timestep_bias_begin,
         loss.timestep_bias_end,
     )
-    return LossSettings(loss.train_variance, loss.snr_gamma, loss.soft_min_snr, loss.noise_offset, loss.rescale_betas_zero_snr, bias)
+    return LossSettings(
+        trains_variance=loss.train_variance,
+        snr_gamma=loss.snr_gamma,
+        soft_min_snr=loss.soft_min_snr,
+        noise_offset=loss.noise_offset,
+        zero_terminal_snr=loss.rescale_betas_zero_snr,
+        timestep_bias=bias,
+    )
 
 
 def learning_rate_of(optimizer: OptimizerOptions, steps: int) -> LearningRate:

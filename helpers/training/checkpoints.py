@@ -357,8 +357,8 @@ def require_base(folder: Path, base: str, prediction: str) -> None:
     learned = saved.get("prediction", prediction)  # checkpoints of before have neither
     if learned != prediction:
         raise CheckpointError(
-            f"{ROWS['prediction_type'].label}: the weights are taken to predict {prediction!r}, but {folder.name} learned"
-            f" to predict {learned!r}. Say that to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
+            f"{ROWS['prediction_type'].label}: the weights are taken to predict {prediction!r}, but {folder.name} learned to"
+            f" predict {learned!r}. Say that to go on with it, or name another OUTPUT_DIR (--output_dir) to start anew."
         )
     if saved.get("base", base) != base:
         raise CheckpointError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +51,11 @@ def pooled(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([mean, mean], dim=1)
 
 
+def numbers(texts: Sequence[str]) -> torch.Tensor:
+    """Stands in for a text encoder: 0 for the empty caption, else one more than the number of its image."""
+    return torch.stack([torch.full((2, 3), float(int(text[-1]) + 1 if text else 0)) for text in texts]).bfloat16()
+
+
 @pytest.fixture
 def collator(folder, tmp_path) -> Callable[[Dataset], Collator]:
     def collator(dataset: Dataset) -> Collator:
@@ -58,8 +63,7 @@ def collator(folder, tmp_path) -> Callable[[Dataset], Collator]:
         assert latents.encode(dataset.latent_jobs("stepwise"), pooled, 4) == {}
         embeds = EmbedCache(tmp_path / "text", {"text_encoder": "test"})
         texts = ["", *dataset.captions()]
-        encode = lambda batch: torch.stack([torch.full((2, 3), float(len(t) and int(t[-1]) + 1)) for t in batch])  # noqa: E731
-        embeds.build(texts, lambda batch: encode(batch).bfloat16(), len, 4)
+        embeds.build(texts, numbers, len, 4)
         source = Source(CachedMoments(latents, "stepwise"), embeds)
         return Collator({"set": source}, {text: text for text in texts})
 
