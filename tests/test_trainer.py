@@ -822,13 +822,16 @@ def test_a_run_whose_listener_goes_is_saved_all_the_same(tmp_path, tiny_model, d
     command += [f"--pretrained_model_name_or_path={tiny_model}", f"--data_backend_config={dataloader}"]
     command += [f"--cache_dir={tmp_path / 'cache'}", f"--output_dir={tmp_path / 'output'}", "--report_to=none"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
-    said = b""
-    while b"loss" not in said:
-        said += process.stdout.read(4096)
-        assert process.poll() is None
-    process.stdout.close()
-    process.send_signal(number)
-    assert process.wait(60) == 128 + number
+    try:
+        said = b""
+        while b"loss" not in said:
+            said += process.stdout.read(4096)
+            assert process.poll() is None
+        process.stdout.close()
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
     assert checkpoints.found(tmp_path / "output")
 
 
