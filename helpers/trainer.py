@@ -84,10 +84,10 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     fetched = cache(lambda: _fetch(job))
     datasets, images, controls = _cache_images(job, plan.datasets, fetched, accelerator.device)
     model = fetched()
-    base = fingerprint_unet(model, variant)
+    base = unet = fingerprint_unet(model, variant)
     if job.config.lora.train_text_encoder:  # else what it gives is cached by a fingerprint of its own
         base += job.spec.text.fingerprint(model, variant)["text_encoder"]
-    origin = origin_of(name, job.config.family.key, job.spec, model, assembly.loss_settings(job.config.loss))
+    origin = origin_of(name, job.config.family.key, job.spec, model, assembly.loss_settings(job.config.loss), unet)
     if plan.checkpoint:
         checkpoints.require_base(plan.checkpoint, base, origin.prediction_type)
     job = replace(job, adapter=replace(job.adapter, origin=origin), base=base)

@@ -32,6 +32,8 @@ class Origin:
         zero_terminal_snr: see `schedulers.ZERO_TERMINAL_SNR`.
         caption_cleaning: how captions are prepared, the `cleaning` of the family's text side.
         token_length: positions of the text that the UNet attends to.
+        base_fingerprint: of the UNet's files (`fingerprints.fingerprint_unet`), by which the base is known under any
+            name; files from before there was one have None.
     """
 
     base_model: str
@@ -42,6 +44,7 @@ class Origin:
     zero_terminal_snr: bool = False
     caption_cleaning: str
     token_length: int
+    base_fingerprint: str | None = None
 
     @property
     def scheduler_changes(self) -> dict[str, Any]:
@@ -77,12 +80,15 @@ def variance_type_of(folder: Path) -> str | None:
     return DDPMScheduler.load_config(folder / "scheduler").get("variance_type")
 
 
-def origin_of(name: str, family: str, spec: Spec, folder: Path, loss: LossSettings) -> Origin:
+def origin_of(
+    name: str, family: str, spec: Spec, folder: Path, loss: LossSettings, fingerprint: str | None = None
+) -> Origin:
     """The origin of what is trained on the weights in `folder`.
 
     Args:
         name: as the user gave it: a hub id, or the path of a folder or a file.
         loss: what is trained; a variance only where the UNet predicts one.
+        fingerprint: of the UNet's files.
     """
     predicted = UNet2DConditionModel.load_config(folder / "unet")["out_channels"] == 2 * spec.space.channels
     own = variance_type_of(folder)
@@ -97,6 +103,7 @@ def origin_of(name: str, family: str, spec: Spec, folder: Path, loss: LossSettin
         zero_terminal_snr=loss.zero_terminal_snr,
         caption_cleaning=spec.text.cleaning,
         token_length=spec.text.length,
+        base_fingerprint=fingerprint,
     )
 
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from peft.utils.other import get_pattern_key
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 
 from helpers.config.families import MODEL_TYPES
 from helpers.files import on_one_line, printable, write_whole
 from helpers.models.facts import PREFIX, AdapterFacts, read_adapter_facts
-from helpers.models.results import adapter_file
+from helpers.models.lora_files import Scaling, scalings_of
+from helpers.models.results import AdapterError, adapter_file
 
 KOHYA_FILE = "lora_for_comfyui.safetensors"
 
@@ -44,25 +41,6 @@ GENERATIONS = {768: "sd_v1", 1024: "sd_v2"}
 
 class NotExportable(ValueError):
     """A file that has no equal in that format; the message says why."""
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """What peft's config says of how an adapter's output is scaled, by peft's names.
-
-    Attributes:
-        alpha_pattern: other alphas, by the end of a layer's name as a regular expression.
-        use_rslora: by alpha / sqrt(rank), not alpha / rank.
-    """
-
-    lora_alpha: float
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-
-    def alpha(self, layer: str, rank: int) -> float:
-        """The alpha with which alpha / rank is the layer's scale: that format knows no other rule."""
-        alpha = self.alpha_pattern.get(get_pattern_key(self.alpha_pattern, layer), self.lora_alpha)
-        return alpha * rank**0.5 if self.use_rslora else alpha
 
 
 def to_kohya(state: Mapping[str, torch.Tensor], scalings: Mapping[str, Scaling]) -> dict[str, torch.Tensor]:
@@ -211,18 +189,9 @@ def _scalings(stored: Mapping[str, str]) -> dict[str, Scaling]:
     if LORA_ADAPTER_METADATA_KEY not in stored:
         raise NotExportable(f"its metadata have no {LORA_ADAPTER_METADATA_KEY}, which tells its alpha")
     try:
-        config = TypeAdapter(dict[str, object]).validate_python(json.loads(stored[LORA_ADAPTER_METADATA_KEY]))
-        scalings = {}
-        for part in PARTS:
-            names = [name for name in config if name.startswith(f"{part}.")]
-            if names:
-                own = {name.removeprefix(f"{part}."): config[name] for name in names}
-                scalings[part] = TypeAdapter(Scaling).validate_python(own)
-                for pattern in scalings[part].alpha_pattern:
-                    re.compile(pattern)
-    except (ValueError, RecursionError, re.error) as error:
-        raise NotExportable(f"its {LORA_ADAPTER_METADATA_KEY} cannot be read ({error})") from None
-    return scalings
+        return scalings_of(stored)
+    except ValueError as error:
+        raise NotExportable(str(error)) from None
 
 
 def main(arguments: list[str]) -> int:
@@ -241,7 +210,7 @@ def main(arguments: list[str]) -> int:
         if target.exists() and target.samefile(source):
             raise NotExportable(f"{target} is the adapter itself: type another name")
         export(source, target)
-    except (OSError, NotExportable) as error:
+    except (OSError, AdapterError, NotExportable) as error:
         print(on_one_line(str(error)), file=sys.stderr)
         return 2
     print(f"Written: {printable(target)}, {readers(target)}")

@@ -7,22 +7,16 @@ takes a second or two, whatever the model's size. What kernels work with for the
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from helpers.diffusion.noising import schedule_from_betas
@@ -31,11 +25,10 @@ from helpers.models.adapters import Adapter, parameter_groups, trainable_paramet
 from helpers.models.denoiser import Denoiser
 from helpers.models.errors import unfit
 from helpers.models.gradient_checkpointing import checkpoint_everything, checkpoint_text_encoder
+from helpers.models.ledger import META, AsOnCuda, Ledger
 from helpers.models.text import CLIP
 from helpers.sizes import Size
 from helpers.training.rounding import chunks_of, slices
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -214,80 +207,6 @@ def _objective(trains_variance: bool) -> EpsilonObjective:
     """The loss, on any schedule: its numbers make no difference."""
     schedule = schedule_from_betas(torch.linspace(1e-4, 0.02, 1000))
     return EpsilonObjective(schedule, trains_variance, torch.ones(schedule.timesteps)).to(META)
-
-
-class Ledger(TorchDispatchMode):
-    """Counts the bytes that live besides `known` tensors: the storages that operations return, until they are freed."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._known = list(known)  # kept alive, so that nothing else gets their addresses
-        self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in self._known}
-        self._activations = self._gradients = 0
-        self.most_activations = self.most = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor.untyped_storage())
-        return result
-
-    def count_as_gradient(self, parameter: Parameter) -> None:
-        """Book a parameter's gradient, which an operation returned, as such."""
-        key = parameter.grad.untyped_storage()._cdata
-        size, self._bytes[key] = self._bytes[key], 0
-        self._activations -= size
-        self._gradients += size
-
-    def _enter(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._bytes:
-            return
-        self._bytes[storage._cdata] = storage.nbytes()
-        self._activations += storage.nbytes()
-        self.most_activations = max(self.most_activations, self._activations)
-        self.most = max(self.most, self._activations + self._gradients)
-        weakref.finalize(storage, self._leave, storage._cdata)
-
-    def _leave(self, key: int) -> None:
-        self._activations -= self._bytes.pop(key)
-
-
-class AsOnCuda(TorchFunctionMode):
-    """Has the meta device compute as CUDA does: attention fused, and in autocast's dtypes (ATen/autocast_mode.h)."""
-
-    IN_BFLOAT16 = frozenset({
-        F.conv2d, F.linear, F.scaled_dot_product_attention, torch.bmm, torch.einsum, torch.matmul,
-        Tensor.matmul, Tensor.__matmul__,
-    })  # fmt: skip
-    IN_FLOAT32 = frozenset({F.group_norm, F.interpolate, F.layer_norm})
-
-    def __init__(self, autocast: bool) -> None:
-        super().__init__()
-        self._autocast = autocast
-        self._cast_parameters: dict[Tensor, Tensor] = {}
-
-    def __exit__(self, *exception: object) -> None:
-        self._cast_parameters.clear()
-        super().__exit__(*exception)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._autocast and func in self.IN_BFLOAT16 | self.IN_FLOAT32:
-            dtype = torch.bfloat16 if func in self.IN_BFLOAT16 else torch.float32
-            args, kwargs = tree_map_only(Tensor, lambda tensor: self._cast(tensor, dtype), (args, kwargs))
-        if func is F.scaled_dot_product_attention:
-            return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3])[0]
-        return func(*args, **kwargs)
-
-    def _cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        if not (isinstance(tensor, Parameter) and tensor.requires_grad and dtype == torch.bfloat16):
-            return tensor.to(dtype)
-        if tensor not in self._cast_parameters:  # autocast keeps these until its context ends
-            self._cast_parameters[tensor] = tensor.to(dtype)
-        return self._cast_parameters[tensor]
 
 
 def _moments(count: int, scalars: int = 0) -> Callable[[Sequence[Parameter]], int]:

@@ -21,6 +21,7 @@ from helpers.models.facts import Origin, origin_of, read_adapter_facts
 from helpers.models.families import SPECS
 from helpers.models.lora import LORA_FILE, LoRA
 from helpers.models.parts import LossSettings
+from helpers.models.results import AdapterError, load_adapter
 
 SPEC = SPECS["sd"]
 KINDS = {"lora": {}, "dora": {"dora": True}, "rslora": {"rslora": True}, "both": {"dora": True, "rslora": True}}
@@ -83,6 +84,27 @@ def test_a_saved_adapter_gives_the_same_text_and_the_same_output_in_diffusers(
     lora(**kind).save_weights(moved(denoiser), tmp_path)
     assert_same(pipeline_with(tiny_sd, tmp_path / LORA_FILE), denoiser, tokens)
     assert (denoiser.embed(tokens) - plain).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", [
+    {"dora": True, "rslora": True, "ranks": {"to_q": 8}}, {"text_encoder_alpha": 5},
+], ids=["ranks both", "alpha"])
+@pytest.mark.parametrize("as_kohya", [False, True], ids=["diffusers", "kohya"])
+def test_load_adapter_loads_both_parts_or_refuses(both, tiny_sd, lora, tokens, tmp_path, kind, as_kohya):
+    denoiser = both()
+    lora(**kind).attach(denoiser, torch.float32)
+    lora(**kind).save_weights(moved(denoiser), tmp_path)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_sd, safety_checker=None, requires_safety_checker=False)
+    file = kohya.export(tmp_path / LORA_FILE, tmp_path / "kohya.safetensors") if as_kohya else tmp_path
+    if as_kohya and "dora" in kind:
+        with pytest.raises(AdapterError, match="DoRA's magnitudes, which diffusers leaves out"):
+            load_adapter(pipeline, file)
+        return
+    load_adapter(pipeline, file)
+    assert_same(pipeline, denoiser, tokens)
+    without = StableDiffusionPipeline(**pipeline.components | {"text_encoder": None}, requires_safety_checker=False)
+    with pytest.raises(AdapterError, match="text encoder"):
+        load_adapter(without, file, "again")
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
