@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +11,18 @@ import torch
 
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.tokens import Tokens
+from helpers.config.backends import ImageBackend
+from helpers.config.paths import portable, portable_model
 from helpers.data.dataset import Dataset
 from helpers.data.preparation import TextCaches
+from helpers.data.scan import Record
+from helpers.files import content_hash, on_one_line, printable
 from helpers.models.denoiser import Denoiser
 from helpers.planning import Job
 from helpers.validation.eval_images import Controlled, EvalImage, Upscales, choose, file_name
 from helpers.validation.prompts import Prompt, PromptPictures
-from helpers.validation.render import Sampling, Validation
+from helpers.validation.recipe import File, NotReplayable, Recipe
+from helpers.validation.render import Pictures, Sampling, Validation
 
 
 def validation_of(
@@ -27,8 +33,71 @@ def validation_of(
     Args:
         denoiser: in training; its text encoder, if it has one, reads the prompts as it is at each validation.
     """
-    options = job.config.validation
-    sampling = Sampling(
+    sampling = _sampling(job, denoiser, texts, model)
+    if job.config.shows_eval_images:
+        pictures = _of_eval_images(job, _eval_images(job, texts, datasets, sampling), sampling)
+    else:
+        pictures = PromptPictures(sampling, tuple(Prompt(name, text) for name, text in job.prompts.items()))
+    if pictures.titles:
+        return Validation(job.config.run.output_dir, pictures)
+    if not job.config.shows_eval_images:
+        lacking = "VALIDATION_PROMPT (--validation_prompt) is not set"
+    elif not job.config.validation.num_eval_images:
+        lacking = "NUM_EVAL_IMAGES (--num_eval_images) is 0"
+    else:
+        lacking = "No image fills any size of VALIDATION_RESOLUTION (--validation_resolution)"
+    print(f"{lacking}: no validation images will be made.")
+    return None
+
+
+def pictures_again(job: Job, denoiser: Denoiser, texts: TextCaches, model: Path, recipe: Recipe) -> Pictures:
+    """What was made together with a picture, to be rendered once more.
+
+    Args:
+        job: with the recipe's options.
+
+    Raises:
+        NotReplayable: an image of a dataset is gone, or another one by now.
+    """
+    sampling = _sampling(job, denoiser, texts, model)
+    sampling = replace(sampling, origin={**sampling.origin, "output_dir": recipe.output_dir})
+    if not job.config.shows_eval_images:
+        return PromptPictures(sampling, tuple(Prompt(shown.name, shown.prompt) for shown in recipe.together))
+    backends = {backend.id: backend for backend in job.backends.images}
+    images = []
+    for shown in recipe.together:
+        backend = backends.get(shown.image.dataset) if shown.image else None
+        conditioning = job.backends.conditioning_of(backend) if backend else None
+        if backend is None or bool(conditioning) != bool(shown.control):
+            raise NotReplayable(f"{shown.name} was made of an image of a dataset that the run does not have any more.")
+        images.append(EvalImage(
+            name=shown.name,
+            path=_unchanged(shown.image, backend.instance_data_dir),
+            caption=shown.prompt,
+            embeds=_read(texts, texts.by_id[backend.text_embeds], shown.prompt),
+            sizes=sampling.sizes,
+            control=_unchanged(shown.control, conditioning.instance_data_dir) if conditioning else None,
+            file=shown.image,
+            control_file=shown.control,
+        ))
+    return _of_eval_images(job, tuple(images), sampling)
+
+
+def _unchanged(file: File, folder: Path) -> Path:
+    path = folder / file.path
+    try:
+        what = None if content_hash(path) == file.content else "is another image by now"
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+    if what:
+        words = f"{printable(path)} {what}: put back what the picture was made of."
+        raise NotReplayable(f"dataset {on_one_line(repr(file.dataset))}: {words}")
+    return path
+
+
+def _sampling(job: Job, denoiser: Denoiser, texts: TextCaches, model: Path) -> Sampling:
+    options, training = job.config.validation, job.config.training
+    return Sampling(
         base=model,
         sizes=options.validation_resolution,
         embed=partial(_embed, denoiser, texts),
@@ -40,21 +109,15 @@ def validation_of(
         noise_scheduler=options.validation_noise_scheduler,
         scheduler_changes=job.adapter.origin.scheduler_changes,
         variant=job.config.model.variant,
+        origin={
+            "model_type": job.config.model.model_type,
+            "base_model": portable_model(job.config.model.pretrained_model_name_or_path),
+            "base_fingerprint": job.base,
+            "pipeline": job.spec.pipeline,
+            "output_dir": portable(job.config.run.output_dir),
+            "precision": "pure bf16" if training.pure_bf16 else training.mixed_precision,
+        },
     )
-    if job.config.shows_eval_images:
-        pictures = _of_eval_images(job, _eval_images(job, texts, datasets, sampling), sampling)
-    else:
-        pictures = PromptPictures(sampling, tuple(Prompt(name, text) for name, text in job.prompts.items()))
-    if pictures.titles:
-        return Validation(job.config.run.output_dir, pictures)
-    if not job.config.shows_eval_images:
-        lacking = "VALIDATION_PROMPT (--validation_prompt) is not set"
-    elif not options.num_eval_images:
-        lacking = "NUM_EVAL_IMAGES (--num_eval_images) is 0"
-    else:
-        lacking = "No image fills any size of VALIDATION_RESOLUTION (--validation_resolution)"
-    print(f"{lacking}: no validation images will be made.")
-    return None
 
 
 def _of_eval_images(job: Job, images: tuple[EvalImage, ...], sampling: Sampling) -> Upscales | Controlled:
@@ -84,10 +147,23 @@ def _eval_images(
             embeds=_read(texts, texts.by_id[backend.text_embeds], record.captions[0]),
             sizes=sizes,
             control=record.control.path if record.control else None,
+            file=_file(record, dataset.id, dataset.folder),
+            control_file=_control_file(job, backend, record),
         )
         for backend, dataset in zip(job.backends.images, datasets)
         for record, sizes in choice.images[dataset.id].items()
     )
+
+
+def _control_file(job: Job, backend: ImageBackend, record: Record) -> File | None:
+    conditioning = job.backends.conditioning_of(backend)
+    if conditioning is None or record.control is None:
+        return None
+    return _file(record.control, conditioning.id, conditioning.instance_data_dir)
+
+
+def _file(record: Record, dataset: str, folder: Path) -> File:
+    return File(dataset=dataset, path=str(record.path.relative_to(folder)), content=record.content)
 
 
 @torch.no_grad()

@@ -22,7 +22,9 @@ from helpers.data.sampler import Sampler
 from helpers.data.scan import DatasetError
 from helpers.models import loading, published, single_file
 from helpers.models.adapters import Adapter
+from helpers.models.facts import origin_of
 from helpers.models.families import SPECS
+from helpers.models.fingerprints import fingerprint_unet
 from helpers.models.single_file import Conversion
 from helpers.models.spec import Spec
 from helpers.processes import Processes
@@ -44,6 +46,7 @@ class Job:
     processes: Processes
     base: str = ""  # a fingerprint of the UNet's files, once they are at hand
     since: Since = Since()
+    hub: str | None = None  # the repository to upload the result to, as owner/name
 
     @property
     def batch_size(self) -> int:
@@ -197,6 +200,31 @@ def tell_size(job: Job, configs: Path) -> None:
             f"{ROWS['resolution'].label}: the weights were trained at {edge} pixels, and are trained at"
             f" {data.resolution:g} here."
         )
+
+
+def fetch(job: Job) -> Path:
+    """The folder with the model's weights, which one process downloads, or makes of a single file.
+
+    Raises:
+        WeightsError: they cannot be had, or are not whole.
+        DiskFull: there is no room for them.
+    """
+    options = job.config.model
+    with job.processes.first_before_others():
+        model = loading.fetch_weights(source_of(job), options.revision, options.variant, job.spec)
+    loading.check_weight_files(model, options.variant, job.spec)
+    return model
+
+
+def on_weights(job: Job, model: Path) -> Job:
+    """The job with what is known of its weights once they are at hand, in the folder `model`."""
+    config = job.config
+    base = unet = fingerprint_unet(model, config.model.variant)
+    if config.lora.train_text_encoder:  # else what it gives is cached by a fingerprint of its own
+        base += job.spec.text.fingerprint(model, config.model.variant)["text_encoder"]
+    name, loss = config.model.pretrained_model_name_or_path, assembly.loss_settings(config.loss)
+    origin = origin_of(name, config.family.key, job.spec, model, loss, unet)
+    return replace(job, adapter=replace(job.adapter, origin=origin), base=base)
 
 
 def conversion_of(job: Job) -> Conversion | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from helpers import planning
@@ -21,36 +19,39 @@ from helpers.caching.embeds import NonFiniteEmbedding
 from helpers.caching.latents import NonFiniteLatent
 from helpers.caching.store import DamagedShard
 from helpers.config.backends import Backends, ImageBackend
-from helpers.config.load import Resolved
+from helpers.config.load import Resolved, load_run
 from helpers.config.options import ROWS
-from helpers.config.problems import ConfigError
+from helpers.config.paths import from_root
+from helpers.config.problems import ConfigError, found
 from helpers.data import preparation
 from helpers.data.collate import Batch, CachedMoments, CachedPixels, Collator
 from helpers.data.dataset import Dataset
 from helpers.data.preparation import NULL_CAPTION, TextCaches
 from helpers.data.sampler import Position
 from helpers.data.scan import DatasetError, write_left_out
-from helpers.files import write_whole
-from helpers.models import kohya, loading
-from helpers.models.bitfit import BIASES_FILE
-from helpers.models.facts import origin_of, variance_type_of
-from helpers.models.fingerprints import fingerprint_unet
+from helpers.files import printable, write_whole
+from helpers.models.full import Full
 from helpers.models.loading import WeightsError
-from helpers.pictures import validation_of
+from helpers.pictures import pictures_again, validation_of
 from helpers.planning import Job, Plan
 from helpers.processes import Processes
-from helpers.training import assembly, checkpoints, loop
-from helpers.training.accounts import require_account
+from helpers.publishing.finish import finish, hub_of, shown
+from helpers.publishing.hub import Uploads
+from helpers.training import assembly, checkpoints, loop, run_json
+from helpers.training.accounts import require_account, require_repository
 from helpers.training.assembly import Ending
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.loop import Every, Run, require_finite
 from helpers.training.requests import Requests, resume_command
-from helpers.validation.render import Validation
+from helpers.validation import recipe as recipes
+from helpers.validation.recipe import IMAGES, NotReplayable, Recipe
+from helpers.validation.render import Validation, as_it_samples
 
-REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError, NonFiniteEmbedding, NonFiniteLatent, DamagedShard)
+REFUSALS = (
+    ConfigError, DatasetError, WeightsError, CheckpointError, NonFiniteEmbedding, NonFiniteLatent, DamagedShard,
+    NotReplayable,
+)  # fmt: skip
 """What the user's input can be wrong in: each says in words what to change."""
-
-REPORTED_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow", "numpy")
 
 
 def train(resolved: Resolved, backends: Backends, requests: Requests, processes: Processes) -> int:
@@ -73,28 +74,126 @@ def train(resolved: Resolved, backends: Backends, requests: Requests, processes:
         return 0
     if processes.is_first:
         require_account(job.config.run.report_to)
+        job = replace(job, hub=require_repository(job.config.run))
     with checkpoints.only_run_in(job.config.run.output_dir) if processes.is_first else nullcontext():
         return _prepare_and_train(planning.plan(job), requests)
 
 
+def replay(image: Path, recipe: Mapping[str, Any], output: Path) -> Path:
+    """Make a validation picture again, by its training's own code and files: the same bytes on the same machine.
+
+    Nothing is trained, and nothing is written into the training's folder.
+
+    Args:
+        image: found in its training's folder, or anywhere: then the recipe says where that is.
+        recipe: of the picture, as `images.recipes.read_recipe` gives it. Anyone may have written it.
+        output: the file to write, a PNG.
+
+    Raises:
+        one of `REFUSALS`: what was made of it all is not there any more, or something else by now.
+    """
+    planning.quieten_libraries()
+    made = recipes.read(recipe)
+    folder = _training_of(image, made)
+    resolved, backends = load_run(
+        folder / run_json.RUN_JSON, {**made.options, "output_dir": str(folder), "report_to": "none"}
+    )
+    job = planning.job_of(resolved, backends, Processes())
+    if not job.config.shows_eval_images:
+        job = replace(job, prompts={shown.name: shown.prompt for shown in made.together})
+    weights = _weights_of(job, made)
+    planning.check_model(job)
+    model = planning.fetch(job)
+    job = planning.on_weights(job, model)
+    if (job.base, job.config.model.model_type) != (made.base_fingerprint, made.model_type):
+        model_type = job.config.model.model_type
+        trained = f"{printable(folder)} trained {job.adapter.origin.base_model} ({model_type})"
+        raise NotReplayable(f"{trained}, whose weights are others than those that the picture was made with.")
+    for line in _made_otherwise(made):
+        print(line)
+    accelerator = assembly.create_accelerator(job.config)
+    captions = [
+        [shown.prompt for shown in made.together if shown.image and shown.image.dataset == backend.id]
+        for backend in backends.images
+    ]
+    prompts = [made.negative_prompt, *(shown.prompt for shown in made.together)]
+    prepared = preparation.prepare_captions(job.spec.text, prompts)
+    texts = _cache_texts(job, captions, prepared, model, accelerator.device)
+    run = assembly.create_run(job.config, job.spec, model, job.adapter, accelerator, max(1, made.step))
+    run.step = made.step
+    if weights:
+        _take_weights(run, job, weights)
+    pictures = pictures_again(job, run.parts.denoiser, texts, model, made)
+    with tempfile.TemporaryDirectory() as scratch, as_it_samples(run):
+        pictures.render(run, Path(scratch))
+        write_whole(output, (Path(scratch) / f"{made.picture}.png").read_bytes())
+    return output
+
+
+def _training_of(image: Path, made: Recipe) -> Path:
+    """The output folder of the training that made a picture."""
+    place = image.absolute().parent
+    own = [place.parents[1]] if place.parts[-2:] == (IMAGES, f"step_{made.step}") else []
+    known = [folder for folder in (*own, from_root(made.output_dir)) if (folder / run_json.RUN_JSON).is_file()]
+    if not known:
+        words = f"There is no training in {found(made.output_dir)}, which made the picture: put the picture back into"
+        raise NotReplayable(f"{words} {IMAGES}/step_{made.step} of that training's OUTPUT_DIR, and name it there.")
+    return known[0]
+
+
+def _weights_of(job: Job, made: Recipe) -> Path | None:
+    """Where the weights are that a picture was made with; None for those that a training begins with."""
+    output, checkpoint = job.config.run.output_dir, job.config.run.output_dir / f"checkpoint-{made.step}"
+    if made.step == 0:
+        return None
+    damage = checkpoints.damage(checkpoint) if checkpoint.exists() else "not there"
+    if damage is None:
+        return checkpoint
+    if run_json.finished_step(output) == made.step:
+        return output / "pipeline" if isinstance(job.adapter, Full) else output
+    raise NotReplayable(
+        f"The picture was made with {checkpoint.name}, which in {printable(output)} is {damage}: to make such pictures"
+        " again, keep the checkpoints of their steps, by CHECKPOINTING_LIMIT=0 and a CHECKPOINTING_STEPS that"
+        " VALIDATION_STEPS is a multiple of."
+    )
+
+
+def _take_weights(run: Run, job: Job, weights: Path) -> None:
+    """Take those of a checkpoint, or of the result, in which averaged ones are in place of the trained ones."""
+    with checkpoints.refused_if_other(weights):
+        job.adapter.load_weights(run.parts.denoiser, weights)
+        if run.ema and weights.name == f"checkpoint-{run.step}":
+            run.restore_average(checkpoints.load_state(weights)["run"]["ema"])
+        elif run.ema:
+            run.ema.restart()
+
+
+def _made_otherwise(made: Recipe) -> Iterator[str]:
+    """What to tell where other bits may come out."""
+    for name, here in recipes.made_with().items():
+        there = made.versions.get(name)
+        if there != here:
+            yield f"The picture was made with {name} {found(there)}, and this is {here}: its last bits may be others."
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if made.device != here:
+        words = f"The picture was made on the device {found(made.device)}, and this is {here}"
+        yield f"{words}: its last bits may be others."
+
+
 def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     job, processes = plan.job, plan.job.processes
-    name, variant = job.config.model.pretrained_model_name_or_path, job.config.model.variant
     accelerator = assembly.create_accelerator(job.config)
-    fetched = cache(lambda: _fetch(job))
+    fetched = cache(lambda: planning.fetch(job))
     datasets, images, controls = _cache_images(job, plan.datasets, fetched, accelerator.device)
     model = fetched()
-    base = unet = fingerprint_unet(model, variant)
-    if job.config.lora.train_text_encoder:  # else what it gives is cached by a fingerprint of its own
-        base += job.spec.text.fingerprint(model, variant)["text_encoder"]
-    origin = origin_of(name, job.config.family.key, job.spec, model, assembly.loss_settings(job.config.loss), unet)
+    job = planning.on_weights(job, model)
     if plan.checkpoint:
-        checkpoints.require_base(plan.checkpoint, base, origin.prediction_type)
-    job = replace(job, adapter=replace(job.adapter, origin=origin), base=base)
+        checkpoints.require_base(plan.checkpoint, job.base, job.adapter.origin.prediction_type)
     sampler = job.sampler(datasets)
     ending = job.ending(sampler)
     processes.first_does(lambda: _open_output(job))
-    texts = _cache_texts(job, datasets, plan.prepared, model, accelerator)
+    captions = [dataset.captions() for dataset in datasets]
+    texts = _cache_texts(job, captions, plan.prepared, model, accelerator.device)
     run = assembly.create_run(job.config, job.spec, model, job.adapter, accelerator, ending.steps, processes)
     run.requests = requests
     if plan.checkpoint:
@@ -103,30 +202,30 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     validation = validation_of(job, run.parts.denoiser, texts, model, datasets) if processes.is_first else None
     collator = _collator(job, texts, images, controls, pin_memory=accelerator.device.type == "cuda")
     parts = ((after, batch.part(processes)) for after, batch in sampler.batches(run.position))
-    return _train_and_export(run, job, model, validation, collator.stream(parts), plan.data)
+    return _train_and_export(run, job, model, validation, collator.stream(parts), datasets, plan.data)
 
 
 def _open_output(job: Job) -> None:
     """Make the output folder and write down what this run is."""
     output = job.config.run.output_dir
     output.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version()} | {name: version(name) for name in REPORTED_PACKAGES}
-    write_whole(output / "run.json", (json.dumps({**job.options, "versions": versions}, indent=2) + "\n").encode())
+    run_json.write(output, job.options)
     checkpoints.sweep(output)
 
 
 def _cache_texts(
-    job: Job, datasets: Sequence[Dataset], prepared: Mapping[str, str], model: Path, accelerator: Accelerator
+    job: Job, captions: Sequence[Sequence[str]], prepared: Mapping[str, str], model: Path, device: torch.device
 ) -> TextCaches:
+    """The embeddings of each dataset's captions and of the job's prompts; what is not cached yet is encoded."""
     config = job.config
     if config.lora.train_text_encoder:
         return preparation.tokenized_texts(job.spec.text, model, job.backends, prepared)
     texts = preparation.open_text_caches(job.spec.text, model, job.backends, prepared, config.model.variant)
     wanted = {cache_id: [NULL_CAPTION] for cache_id in texts.by_id}
-    for backend, dataset in zip(job.backends.images, datasets):
-        wanted[backend.text_embeds] += dataset.captions()
+    for backend, own in zip(job.backends.images, captions):
+        wanted[backend.text_embeds] += own
     wanted[texts.default_id] += [config.validation.validation_negative_prompt, *job.prompts.values()]
-    device = accelerator.device if config.data.text_encoder_device == "auto" else torch.device("cpu")
+    device = device if config.data.text_encoder_device == "auto" else torch.device("cpu")
     batch_size, variant = config.data.text_encoder_batch_size, config.model.variant
     try:
         preparation.cache_texts(job.spec.text, model, texts, wanted, batch_size, device, variant, job.processes)
@@ -134,15 +233,6 @@ def _cache_texts(
         words = f"the text encoder does not fit on the GPU beside what is there ({error}): type cpu"
         raise ConfigError([f"--text_encoder_device (export TEXT_ENCODER_DEVICE): {words}"]) from error
     return texts
-
-
-def _fetch(job: Job) -> Path:
-    """The folder with the model's weights, which one process downloads, or makes of a single file."""
-    options = job.config.model
-    with job.processes.first_before_others():
-        model = loading.fetch_weights(planning.source_of(job), options.revision, options.variant, job.spec)
-    loading.check_weight_files(model, options.variant, job.spec)
-    return model
 
 
 def _cache_images(
@@ -224,7 +314,7 @@ def _resume(run: Run, job: Job, checkpoint: Path, ending: Ending) -> None:
 
 def _set_aside_later(output: Path, checkpoint: Path) -> None:
     for abandoned in checkpoints.set_aside_later(output, checkpoint):
-        print(f"Going back to {checkpoint.name}: a later checkpoint was moved to {_shown(abandoned)}.")
+        print(f"Going back to {checkpoint.name}: a later checkpoint was moved to {shown(abandoned)}.")
 
 
 def _train_and_export(
@@ -233,9 +323,11 @@ def _train_and_export(
     model: Path,
     validation: Validation | None,
     batches: Iterator[tuple[Position, Batch]],
+    datasets: Sequence[Dataset],
     data: Mapping[str, str],
 ) -> int:
     output, options, processes = job.config.run.output_dir, job.config, job.processes
+    uploads = Uploads(hub_of(job), output) if job.hub and options.run.push_checkpoints_to_hub else None
 
     def save(run: Run) -> None:
         require_finite(run)
@@ -254,6 +346,11 @@ def _train_and_export(
             if processes.is_first:
                 tqdm.write(f"Saved at step {run.step}, as SIGUSR1 asked.", file=sys.stderr)
 
+    def save_and_upload(run: Run) -> None:
+        save(run)
+        if uploads:
+            uploads.add(output / f"checkpoint-{run.step}")
+
     def validate(run: Run) -> None:
         processes.first_does(lambda: validation and validation(run))
 
@@ -265,44 +362,15 @@ def _train_and_export(
             validate(run)
         run.requests.look(output)
         try:
-            loop.train(run, batches, [answer, Every(options.run.checkpointing_steps, save), often])
+            loop.train(run, batches, [answer, Every(options.run.checkpointing_steps, save_and_upload), often])
         finally:
             loop.close_curves(run)  # however it ends: an open tracker loses what it has not written yet
         if run.finished:
-            processes.first_does(lambda: _finish(run, job, model, validation))
+            processes.first_does(lambda: finish(run, job, model, validation, datasets))
+            if uploads:
+                uploads.finish()
             return 0
         save(run)
     if processes.is_first:
         print(f"\nSaved at step {run.step}. To go on:\n  {resume_command(output)}", file=sys.stderr)
     return 128 + run.requests.stop
-
-
-def _finish(run: Run, job: Job, model: Path, validation: Validation | None) -> None:
-    """Export, and tell where everything is."""
-    output = job.config.run.output_dir
-    with run.averaged_weights():
-        result = job.adapter.export(run.parts.denoiser, model, output)
-    lines = [f"  {_shown(result)}    the result, for diffusers" + (", of averaged weights" if run.ema else "")]
-    if job.config.run.export == "kohya":
-        exported = kohya.export(result, output / kohya.KOHYA_FILE)
-        lines.append(f"  {_shown(exported)}    the same, {kohya.readers(exported)}")
-    if job.config.training.use_bitfit:
-        lines.append(f"  {_shown(output / BIASES_FILE)}    its biases alone, for pipeline.unet.load_state_dict")
-    variance, base_variance = job.adapter.origin.variance_type, variance_type_of(model)
-    if variance != base_variance and (job.config.training_kind == "lora" or job.config.training.use_bitfit):
-        needed = f'variance_type="{variance}", not the base\'s {base_variance}'
-        lines.append(f"    sample it with a scheduler of {needed}")
-    comparison = validation.before_and_after() if validation else None
-    if comparison:
-        lines.append(f"  {_shown(comparison)}    before and after")
-    if job.config.run.report_to == "tensorboard":
-        lines.append(f"  {_shown(output / 'logs')}    curves: tensorboard --logdir {_shown(output / 'logs')}")
-    print("\n".join([f"\nFinished after {run.step:,} steps.", *lines]))
-
-
-def _shown(path: Path) -> str:
-    """A path as short as it can be typed from here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -99,7 +99,7 @@ def show_parts(board: Board) -> None:
     loop.training_loss = board.shown("step", loop.training_loss)
     Validation.__call__ = board.shown("validation", Validation.__call__)
     checkpoints.save = board.shown("save", checkpoints.save)
-    trainer._finish = board.shown("export", trainer._finish)
+    trainer.finish = board.shown("export", trainer.finish)
 
 
 def start(flags: list[str], log: Path, modules: Path | None = None) -> int:

@@ -105,6 +105,10 @@ VALUES = {
     "report_to": ("none", "none"),
     "tracker_project_name": ("mine", "mine"),
     "tracker_run_name": ("first", "first"),
+    "push_to_hub": ("1", True),
+    "hub_model_id": ("me/my-subject", "me/my-subject"),
+    "hub_private": ("false", False),
+    "push_checkpoints_to_hub": ("true", True),
     "dry_run": ("on", True),
     "check": ("json", "json"),
     "strict": ("true", True),
@@ -112,6 +116,7 @@ VALUES = {
 SAME_AS_DEFAULT = {"model_family", "validation_guidance_rescale"}
 NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler=polynomial"],
           "soft_min_snr": ["--snr_gamma=5"], "strict": ["--check"],
+          "push_checkpoints_to_hub": ["--push_to_hub"],
           **dict.fromkeys(["export", "prediction_type", "rescale_betas_zero_snr", "train_text_encoder", "vae_batch_size",
                            "validation_noise_scheduler"], ["--model_type=lora"]),
           **dict.fromkeys(["text_encoder_lora_rank", "text_encoder_lora_alpha", "text_encoder_learning_rate"],

@@ -58,6 +58,9 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _timestep_bias(config)
     yield from _eval_images(config)
     yield from _tracker(config)
+    if config.run.push_checkpoints_to_hub and not config.run.push_to_hub:
+        words = "found true without push_to_hub: set that to true, or this to false"
+        yield Problem(("push_checkpoints_to_hub", "push_to_hub"), words)
     if config.run.strict and config.run.check == "none":
         yield Problem(("strict", "check"), "found true without a check, whose exit code it sets: type --check beside it")
     yield from _schedulers(config)

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from helpers.config.backends import KINDS, ConditioningBackend, ImageBackend, TextEmbedsBackend
 from helpers.config.families import MODEL_TYPES, Family
-from helpers.config.later import LATER, LATER_PREFIXES
+from helpers.config.later import LATER_PREFIXES
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS, Group, Row
 from helpers.config.paths import ROOT
 from helpers.config.problems import needs
@@ -135,11 +135,8 @@ def _key_default(name: str, field: FieldInfo) -> str:
 def _later() -> str:
     lines = [
         "## Known names without a meaning here\n",
-        "Existing files set these. Where they ask for nothing (off, 0, empty) they pass, else they are refused.\n",
+        "Existing env files set these. Where they ask for nothing (off, 0, empty) they pass, else they are refused.\n",
     ]
-    for row in LATER.values():
-        exports = ", ".join(f"`{name}`" for name in row.exports)
-        lines.append(f"- `--{row.name}`, {exports}" + (f": {row.instead}" if row.instead else ""))
     lines += [f"- exports that begin with `{prefix}`: {instead}" for prefix, instead in LATER_PREFIXES.items()]
     return "\n".join(lines) + "\n"
 
@@ -165,9 +162,6 @@ def config_schema() -> dict[str, Any]:
     properties: dict[str, Any] = {"$schema": {"type": "string"}}
     for model in GROUPS.values():
         properties |= _properties(model)
-    for name, row in LATER.items():
-        off = {} if row.off is None else {"enum": [False, 0, None, "", *row.off]}
-        properties[name] = {**off, "description": f"Only its off value. {row.instead}".strip()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema", "title": "FloydTuner: config.json",
         "type": "object", "properties": properties, "additionalProperties": False,

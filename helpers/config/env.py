@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 
 from pydantic import ValidationError
 
-from helpers.config.later import LATER_EXPORTS, LATER_PREFIXES, prefixed_problem
+from helpers.config.later import LATER_PREFIXES, prefixed_problem
 from helpers.config.load import exported, load_all, read_flags
 from helpers.config.options import LAUNCH_ROWS, ROWS, Config, LaunchOptions
 from helpers.config.problems import ConfigError, found, invalid_values, letters_apart
@@ -105,9 +105,8 @@ def strange(environ: Mapping[str, str], outer: AbstractSet[str]) -> list[str]:
 
 
 def known_exports() -> set[str]:
-    """Every export that has a meaning here, or had one elsewhere."""
-    rows = (*ROWS.values(), *LAUNCH_ROWS.values())
-    return {name for row in rows for name in row.all_exports} | set(LATER_EXPORTS)
+    """Every export that has a meaning here."""
+    return {name for row in (*ROWS.values(), *LAUNCH_ROWS.values()) for name in row.all_exports}
 
 
 def _is_strange(name: str) -> bool:
@@ -116,10 +115,9 @@ def _is_strange(name: str) -> bool:
 
 def _later_problems(environ: Mapping[str, str]) -> list[str]:
     ours = known_exports()
-    by_name = [row.problem(environ[name]) for name, row in LATER_EXPORTS.items() if name in environ]
     others = {name: value for name, value in environ.items() if name not in ours and not _meant(name, 12)}
     by_prefix = [prefixed_problem(name, value) for name, value in others.items()]
-    return [problem for problem in (*by_name, *by_prefix) if problem]
+    return [problem for problem in by_prefix if problem]
 
 
 def _launch_options(environ: Mapping[str, str], problems: list[str]) -> LaunchOptions:

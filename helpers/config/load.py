@@ -18,7 +18,6 @@ from helpers.config.checks import problems as problems_between
 from helpers.config.docs import help_text
 from helpers.config.families import Contradiction, Model, resolve
 from helpers.config.jsonfile import read_json
-from helpers.config.later import LATER
 from helpers.config.optimizers import OPTIMIZERS
 from helpers.config.options import GROUPS, ROWS, SWITCH_WORDS, Config, ModelOptions, Row, parse_switch
 from helpers.config.paths import from_root
@@ -82,8 +81,36 @@ def load_all(
         ConfigError: with all problems of all three.
         SystemExit: after printing the options, if --help is among the flags.
     """
-    resolved, refused, problems = _read(argv, environ)
-    problems += [*_sharding(environ), *_left_alone(environ)]
+    read = _read(argv, environ)
+    read.problems.extend([*_sharding(environ), *_left_alone(environ)])
+    return _with_backends(read)
+
+
+def load(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> Resolved:
+    """Like `load_all`, without the dataloader JSON."""
+    resolved, _, problems = _read(argv, environ)
+    if problems:
+        raise ConfigError(problems)
+    return resolved
+
+
+def load_run(path: Path, changes: Mapping[str, Any]) -> tuple[Resolved, Backends]:
+    """The options of a run again, from its run.json, with some of them changed; and its dataloader JSON as it is now.
+
+    Raises:
+        ConfigError: with all problems of both.
+    """
+    content, problems = read_json(path, "the run's options"), []
+    options = content.get("options") if isinstance(content, dict) else None
+    if not isinstance(options, dict):
+        raise ConfigError([f"{path}: it is no run.json: it has no options"])
+    values, refused = _known({**options, **changes}, path, problems), set()
+    config = _config(values, refused, problems)
+    return _with_backends(_Read(Resolved(config, dict.fromkeys(values, path.name)), refused, problems))
+
+
+def _with_backends(read: _Read) -> tuple[Resolved, Backends]:
+    resolved, refused, problems = read
     config = resolved.config
     try:
         if "data_backend_config" not in refused:
@@ -93,14 +120,6 @@ def load_all(
     if problems:
         raise ConfigError(problems)
     return resolved, backends
-
-
-def load(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> Resolved:
-    """Like `load_all`, without the dataloader JSON."""
-    resolved, _, problems = _read(argv, environ)
-    if problems:
-        raise ConfigError(problems)
-    return resolved
 
 
 def _read(argv: Sequence[str], environ: Mapping[str, str]) -> _Read:
@@ -113,8 +132,6 @@ def _read(argv: Sequence[str], environ: Mapping[str, str]) -> _Read:
     refused = set(ROWS) - set(flags) if keys is None else set()
     keys = keys or {}
     values = {**keys, **flags}
-    problems += _later_problems(values)
-    values = {name: value for name, value in values.items() if name in ROWS}
     config = _config(values, refused, problems)
     sources = {name: "default" for name, row in ROWS.items() if row.group in GROUPS}
     sources |= {name: config_file.name for name in keys if name in sources}
@@ -160,7 +177,7 @@ def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         name, equals, value = argument[2:].partition("=")
         if not equals:
             value = _value_after(name, rest)
-        if name not in ROWS and name not in LATER:
+        if name not in ROWS:
             problems.append(_unknown(f"--{name}", name))
         elif value is None:
             problems.append(f"{ROWS[name].label}: no value, needs {needs(ROWS[name].field)}")
@@ -172,7 +189,7 @@ def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 def _value_after(name: str, rest: list[str]) -> str | None:
     """Take the value of `--name value` from `rest`; a switch alone is true, others may have a value for that too."""
     follows = bool(rest) and not rest[0].startswith("--")
-    if (name in ROWS and ROWS[name].is_switch) or name in LATER:
+    if name in ROWS and ROWS[name].is_switch:
         return rest.pop(0) if follows and rest[0].strip().lower() in SWITCH_WORDS else "true"
     bare = ROWS[name].bare if name in ROWS else ""
     return rest.pop(0) if follows else bare or None
@@ -184,7 +201,7 @@ def _unknown(shown: str, name: str) -> str:
         row = by_export[name.upper()]
         return f"{shown}: not an option; that is the export of --{row.name}"
     dashes = "--" if shown.startswith("--") else ""
-    hint = did_you_mean(dashes + name, [dashes + known for known in (*ROWS, *LATER)])
+    hint = did_you_mean(dashes + name, [dashes + known for known in ROWS])
     return f"{shown}: not an option{hint or '; OPTIONS.md lists them'}"
 
 
@@ -211,15 +228,15 @@ def _read_config_file(path: Path, problems: list[str]) -> dict[str, Any] | None:
         problems.append(f"{path}: needs one object of options: {{\"model_type\": ...}}")
         return None
     content.pop("$schema", None)
-    unknown = [name for name in content if name not in LATER and (name not in ROWS or name == "config")]
+    return _known(content, path, problems)
+
+
+def _known(content: Mapping[str, Any], path: Path, problems: list[str]) -> dict[str, Any]:
+    """The values of a file's options, without nulls; its unknown names become problems."""
+    unknown = [name for name in content if name not in ROWS or name == "config"]
     problems += [_unknown(f"{path.name}, key {key_name(name)}", name.lstrip("-")) for name in unknown[:MOST_PROBLEMS]]
     left = set(unknown)
     return {name: value for name, value in content.items() if name not in left and value is not None}
-
-
-def _later_problems(values: Mapping[str, Any]) -> list[str]:
-    problems = (LATER[name].problem(value) for name, value in values.items() if name in LATER)
-    return [problem for problem in problems if problem]
 
 
 def _config(values: Mapping[str, Any], refused: set[str], problems: list[str]) -> Config:

@@ -107,6 +107,18 @@ def _resume_name(value: str) -> str:
     return value
 
 
+def _hub_name(value: str) -> str:
+    """A repository's name as the hub takes it, with or without its owner."""
+    parts = value.split("/")
+    plain = all(re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?", part) for part in parts)
+    if not plain or len(parts) > 2 or len(value) > LONGEST_HUB_NAME or re.search(r"--|\.\.|\.git$", value):
+        words = "letters, digits, _, and between them single - and ."
+        raise ValueError(f"needs a name for a repository, or owner/name, of at most {LONGEST_HUB_NAME} {words}")
+    return value
+
+
+LONGEST_HUB_NAME = 96
+
 LARGEST = 2**63 - 1
 """The largest number that any option takes: PyTorch's seeds and Python's own counts end there."""
 
@@ -119,6 +131,7 @@ LONGEST_FOLDER = 120
 Switch = Annotated[bool, BeforeValidator(parse_switch)]
 Text = Annotated[str, AfterValidator(_plain_text)]
 FolderName = Annotated[Text, AfterValidator(folder_name)]
+HubName = Annotated[Text, AfterValidator(_hub_name)]
 ModelName = Annotated[Text, AfterValidator(_possible_path)]
 FolderOrHub = Annotated[Text, AfterValidator(_folder_or_hub)]
 Whole = Annotated[int, BeforeValidator(_not_a_switch), AfterValidator(_within_reach)]
@@ -395,6 +408,15 @@ class RunOptions(Group):
     tracker_project_name: FolderName = option("floydtuner", help="The tracker's project.")
     tracker_run_name: FolderName | None = option(
         default_words="output_dir's name", help="The tracker's name for this run.")
+    push_to_hub: Switch = option(
+        False, help="Upload the result, its model card and sample images to the Hugging Face hub at the end.")
+    hub_model_id: HubName | None = option(
+        export="HUB_MODEL_NAME", default_words="tracker_run_name, or output_dir's name",
+        help="The repository to upload to: a name, or owner/name.")
+    hub_private: Switch = option(True, help="Upload to a private repository only; false: one that all can see.")
+    push_checkpoints_to_hub: Switch = option(
+        False, export="PUSH_CHECKPOINTS",
+        help="With push_to_hub: upload the weights of each checkpoint too, while training goes on.")
     dry_run: Switch = option(False, help="Print the options, the plan of the data, the memory and the disk space needed, then stop.")
     check: Literal["none", "table", "json"] = option(
         "none", export="CHECK_DATA", bare="table",

@@ -30,3 +30,19 @@ def from_root(path: str | Path) -> Path:
             f"needs a path without NUL, of at most {LONGEST_PATH} bytes, with names of at most {LONGEST_NAME}"
         )
     return ROOT / path
+
+
+def portable(path: Path) -> str:
+    """A path without what is only of this machine, as `from_root` reads it: from the project's root, or from `~`.
+
+    Of one that lies under neither, nothing is told but its name.
+    """
+    if path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
+    home = Path(os.path.expanduser("~"))  # stays "~" for somebody without a home
+    return str("~" / path.relative_to(home)) if path.is_relative_to(home) else path.name
+
+
+def portable_model(name: str) -> str:
+    """The same of a model's name, which is a hub id where it is no absolute path."""
+    return portable(Path(name)) if Path(name).is_absolute() else name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from helpers.files import write_whole
 
 KEY = "floydtuner"
 """The keyword of the PNG's text chunk."""
+
+HALVES = re.compile("[\ud800-\udfff]")
+"""Halves of UTF-16 pairs, which stand for bytes that are no UTF-8."""
 
 LONGEST = 500_000
 """Letters of a recipe that is read: 16 pictures made together, each with the longest prompt, have fewer."""
@@ -33,7 +37,9 @@ def save_png(image: Image.Image, path: Path, recipe: Mapping[str, Any]) -> None:
         DiskFull: there is no room for it.
     """
     chunks = PngImagePlugin.PngInfo()
-    chunks.add_itxt(KEY, json.dumps(recipe, ensure_ascii=False, sort_keys=True))
+    text = json.dumps(recipe, ensure_ascii=False, sort_keys=True)
+    # Of names of files that are no UTF-8, which PNG cannot hold.
+    chunks.add_itxt(KEY, HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", text))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=chunks)
     write_whole(path, file.getvalue())

@@ -127,6 +127,12 @@ def _prune(output: Path, step: int, keep: int) -> None:
         _delete(old.rename(_partial(old)))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint that are the trained weights, and not the run's state."""
+    own = {folder / name for name in (TENSORS, STATE, MANIFEST)}
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path not in own)
+
+
 def sweep(output: Path) -> None:
     """Delete what saving or deleting a checkpoint left when the process was killed at it."""
     for leftover in output.glob(".checkpoint-*.partial"):

@@ -117,7 +117,7 @@ class Run:
         self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # checkpoints of before have none
         restore_state(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state.get("loss_scale", {}))
-        self._restore_ema(state.get("ema"))
+        self.restore_average(state.get("ema"))
         kind, rank, fresh = self.accelerator.device.type, self.processes.rank, self.generator.initial_seed() + self.step
         if state["device"] != kind:
             print(f"The checkpoint is from a {state['device']} device: from here on other random numbers are drawn.")
@@ -130,7 +130,8 @@ class Run:
         else:  # fewer processes made it
             torch.manual_seed(fresh + rank)
 
-    def _restore_ema(self, state: dict[str, Any] | None) -> None:
+    def restore_average(self, state: dict[str, Any] | None) -> None:
+        """Take the averaged weights of `state()["ema"]`; where it has none, they begin at the trained ones."""
         if self.ema and state:
             self.ema.restore(state)
         elif self.ema:

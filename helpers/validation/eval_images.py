@@ -27,6 +27,7 @@ from helpers.models.conditioning import reduce
 from helpers.sizes import Size
 from helpers.training.loop import Run
 from helpers.validation.prompts import safe_name
+from helpers.validation.recipe import File, Shown, picture_name
 from helpers.validation.render import Rendered, Sampling
 from helpers.validation.sheet import Cell
 
@@ -48,6 +49,7 @@ class EvalImage:
         embeds: the caption's embedding `[length, D]`.
         sizes: what it is made at; it fills each of them.
         control: its conditioning image, where it has one.
+        file, control_file: the same images as a recipe tells them.
     """
 
     name: str
@@ -56,11 +58,17 @@ class EvalImage:
     embeds: Tensor
     sizes: tuple[Size, ...]
     control: Path | None = None
+    file: File | None = None
+    control_file: File | None = None
+
+    @property
+    def shown(self) -> Shown:
+        return Shown(name=self.name, prompt=self.caption, image=self.file, control=self.control_file)
 
 
 def titles_of(images: Sequence[EvalImage]) -> dict[str, str]:
     """The name of each picture's file, and what the picture is."""
-    return {f"{image.name}_{size}": f"{image.caption} ({size})" for image in images for size in image.sizes}
+    return {picture_name(image.name, size): f"{image.caption} ({size})" for image in images for size in image.sizes}
 
 
 @dataclass(frozen=True)
@@ -179,9 +187,9 @@ class Upscales:
                 each={"image": low},
                 noise_level=self.noise_level,
             )
+            self.sampling.save(run, folder, size, [image.shown for image in images], outputs, self.noise_level)
             for image, small, output, original in zip(images, low, outputs, originals):
-                name = f"{image.name}_{size}"
-                output.save(folder / f"{name}.png")
+                name = picture_name(image.name, size)
                 bicubic = small.resize(size, Image.Resampling.BICUBIC)
                 psnrs[name] = {"output": psnr(output, original), "bicubic": psnr(bicubic, original)}
                 rows.append([
@@ -229,8 +237,8 @@ class Controlled:
             read = readable(self.eval_images, size, self.method)
             embeds, controls = [image.embeds for image, _ in read], [control for _, (_, control) in read]
             outputs = self.sampling.images(pipeline, size, embeds, each={"image": controls})
+            self.sampling.save(run, folder, size, [image.shown for image, _ in read], outputs)
             for (image, (original, control)), output in zip(read, outputs):
-                output.save(folder / f"{image.name}_{size}.png")
                 rows.append([
                     Cell(control, f"{image.caption} (conditioning)"),
                     Cell(output, f"step {run.step}"),

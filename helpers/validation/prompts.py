@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from helpers.training.loop import Run
+from helpers.validation.recipe import Shown, picture_name
 from helpers.validation.render import Rendered, Sampling
 from helpers.validation.sheet import Cell
 
@@ -36,7 +37,7 @@ class PromptPictures:
     @property
     def titles(self) -> dict[str, str]:
         return {
-            f"{prompt.name}_{size}": f"{prompt.text} ({size})"
+            picture_name(prompt.name, size): f"{prompt.text} ({size})"
             for prompt in self.prompts
             for size in self.sampling.sizes
         }
@@ -44,11 +45,11 @@ class PromptPictures:
     def render(self, run: Run, folder: Path) -> Rendered:
         pipeline = self.sampling.pipeline(run)
         embeds = [self.sampling.embed(prompt.text) for prompt in self.prompts]
+        shown = [Shown(name=prompt.name, prompt=prompt.text) for prompt in self.prompts]
         columns = []
         for size in tqdm(self.sampling.sizes, desc=f"Validation at step {run.step}", unit="size", leave=False):
             images = self.sampling.images(pipeline, size, embeds)
-            for prompt, image in zip(self.prompts, images):
-                image.save(folder / f"{prompt.name}_{size}.png")
+            self.sampling.save(run, folder, size, shown, images)
             columns.append([Cell(image, f"{prompt.text} ({size})") for prompt, image in zip(self.prompts, images)])
         return Rendered([list(row) for row in zip(*columns)])
 

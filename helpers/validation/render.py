@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import inspect
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,13 +21,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from helpers.files import telling_if_full, write_whole
+from helpers.images.recipes import save_png
 from helpers.models.schedulers import sampler
 from helpers.sizes import Size
 from helpers.training.loop import Run
+from helpers.validation.recipe import IMAGES, Recipe, Shown, made_with, picture_name
 from helpers.validation.sheet import Cell, sheet
 
-IMAGES = "validation_images"
-SHEET = "sheet.png"
+SHEET, BEFORE_AND_AFTER = "sheet.png", "before_and_after.png"
 BATCH_PIXELS = 16 * 64 * 64
 """How much is made at a time: 16 pictures of stage I, one of stage II. Guidance doubles that inside the UNet."""
 
@@ -44,6 +46,7 @@ class Sampling:
         negative: the negative prompt.
         scheduler_changes: keys of the scheduler's configuration to set otherwise.
         variant: that of the weight files.
+        origin: what a `Recipe` tells of the training, besides its step.
     """
 
     base: Path
@@ -57,6 +60,7 @@ class Sampling:
     noise_scheduler: str = "ddpm"
     scheduler_changes: Mapping[str, object] = field(default_factory=dict)
     variant: str | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     def pipeline(self, run: Run) -> DiffusionPipeline:
         """The family's pipeline around the UNet in training."""
@@ -95,10 +99,8 @@ class Sampling:
             each: arguments of the pipeline of which each picture has its own.
             shared: those that all have in common.
         """
-        count, vae = max(1, BATCH_PIXELS // (size.width * size.height)), pipeline.components.get("vae")
-        pictures, negative = [], self.embed(self.negative)
-        for start in range(0, len(embeds), count):
-            part = slice(start, start + count)
+        pictures, negative, vae = [], self.embed(self.negative), pipeline.components.get("vae")
+        for part in _batches(size, len(embeds)):
             # Cast before they are joined: float16's autocast joins no bfloat16, which cached ones are.
             prompts = torch.stack([own.to(pipeline.unet.device, pipeline.unet.dtype) for own in embeds[part]])
             made = pipeline(
@@ -117,12 +119,64 @@ class Sampling:
             pictures += self._decoded(pipeline, vae, made) if vae else made
         return pictures
 
+    def save(
+        self,
+        run: Run,
+        folder: Path,
+        size: Size,
+        shown: Sequence[Shown],
+        pictures: Sequence[Image.Image],
+        noise_level: int | None = None,
+    ) -> None:
+        """Write what `images` made, each picture with its recipe into its own file."""
+        alike = {
+            "step": run.step,
+            "negative_prompt": self.negative,
+            "width": size.width,
+            "height": size.height,
+            "seed": self.seed,
+            "inference_steps": self.inference_steps,
+            "guidance": self.guidance,
+            "guidance_rescale": self.guidance_rescale,
+            "scheduler": self.noise_scheduler,
+            "scheduler_changes": dict(self.scheduler_changes),
+            "noise_level": noise_level,
+            "averaged": run.ema is not None,
+            "device": run.accelerator.device.type,
+            "versions": made_with(),
+            **self.origin,
+        }
+        for part in _batches(size, len(pictures)):
+            for own, picture in zip(shown[part], pictures[part]):
+                name = picture_name(own.name, size)
+                recipe = Recipe(picture=name, prompt=own.prompt, together=list(shown[part]), **alike)
+                save_png(picture, folder / f"{name}.png", recipe.model_dump(exclude_none=True))
+
     @staticmethod
     def _decoded(pipeline: DiffusionPipeline, vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
         """Pictures from latents, in the VAE's own float32 whatever the UNet computes in: bfloat16 leaves bands."""
         with torch.autocast(latents.device.type, enabled=False), torch.inference_mode():
             decoded = vae.decode(latents.float() / vae.config.scaling_factor).sample
         return pipeline.image_processor.postprocess(decoded, output_type="pil")
+
+
+def _batches(size: Size, count: int) -> list[slice]:
+    """Which of so many pictures are made at a time."""
+    at_once = max(1, BATCH_PIXELS // (size.width * size.height))
+    return [slice(start, start + at_once) for start in range(0, count, at_once)]
+
+
+@contextmanager
+def as_it_samples(run: Run) -> Iterator[None]:
+    """Within it the model is as pictures are made with it: averaged, in its mode and dtype. Then as it was before."""
+    was_training = run.denoiser.training
+    devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), run.autocast(), run.averaged_weights():
+            run.denoiser.eval()
+            yield
+    finally:
+        run.denoiser.train(was_training)
 
 
 @dataclass(frozen=True)
@@ -158,9 +212,6 @@ class Validation:
         reported and does not end the training, which may have run for days. A run that is asked to stop does not wait
         for the pictures, which are made where it goes on.
         """
-        was_training = run.denoiser.training
-        devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
-
         def heed(*_: object) -> None:
             run.requests.look(self.output)
             if run.requests.stop is not None:
@@ -169,17 +220,14 @@ class Validation:
         heeding = run.parts.unet.register_forward_pre_hook(heed)
         failure = None
         try:
-            with torch.random.fork_rng(devices), run.autocast(), run.averaged_weights():
-                run.denoiser.eval()
-                with telling_if_full("validation images", self.output):
-                    self._render_and_log(run, self.output / IMAGES / f"step_{run.step}")
+            with as_it_samples(run), telling_if_full("validation images", self.output):
+                self._render_and_log(run, self.output / IMAGES / f"step_{run.step}")
         except _LeftOff:
             tqdm.write(f"Validation at step {run.step} is left off: the run was asked to stop.")
         except Exception as error:  # whatever it is, training goes on without these pictures
             failure = f"Validation at step {run.step} failed, training goes on: {type(error).__name__}: {error}"
         finally:
             heeding.remove()
-            run.denoiser.train(was_training)
         if failure:  # only here, where nothing holds the error any more, and with it all that was made before it
             _give_back_memory(run.accelerator.device)
             tqdm.write(failure)
@@ -222,7 +270,7 @@ class Validation:
                 rows.append([_labelled(file, title) for file in (files[0], files[-1])])
         if not rows:
             return None
-        path = self.output / IMAGES / "before_and_after.png"
+        path = self.output / IMAGES / BEFORE_AND_AFTER
         sheet(rows).save(path)
         return path
 

@@ -315,7 +315,7 @@ def test_null_is_not_set_and_whole_lines_of_comment_are_skipped(tmp_path):
     ({"lr_ned": 1}, 'config.json, key "lr_ned": not an option; did you mean lr_end?'),
     ({"seed": True}, "found true, needs a whole number"),
     ({"learning_rate": [1]}, "found [1], needs a number"),
-    ({"push_to_hub": True}, "found true, which is not offered"),
+    ({"hub_model_id": "a/b/c"}, "found 'a/b/c', needs a name for a repository, or owner/name"),
     ({"config": "x"}, 'key "config": not an option'),
     ('{"seed": 1, "seed": 2}', 'key "seed" is there twice'),
     ('{"seed": 1,}', "not JSON: a comma stands before the closing bracket: remove it"),

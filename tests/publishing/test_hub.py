@@ -1,0 +1,179 @@
+"""What is uploaded, to whom, and what is told where that fails: against a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from helpers.config.load import load
+from helpers.models.full import Full
+from helpers.models.lora import LORA_FILE, LoRA
+from helpers.publishing.card import SAMPLES
+from helpers.publishing.hub import WAITING, Hub, Uploads
+from helpers.training import loop
+from helpers.training.accounts import hub_name
+from tests.publishing.fake_hub import TOKEN, FakeHub, Repository, running
+
+PUSH = {"push_to_hub": True, "hub_model_id": "my-subject", "validation_prompt": "a red circle"}
+CREATE, COMMIT = "/api/repos/create", "/api/models/me/my-subject/commit"
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[FakeHub]:
+    with running() as hub:
+        for name, value in (("ENDPOINT", hub.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+def private_words(*paths: Path) -> list[bytes]:
+    """What must not leave this machine."""
+    return [str(path).encode() for path in (*paths, Path.home(), Path(__file__).parents[2])] + [b"known_", b"data.json"]
+
+
+def test_a_finished_run_uploads_its_result_its_card_and_samples_privately_and_nothing_else(
+    trainer, hub, tmp_path, smaller_model, photos, capsys
+):
+    flags = {"pretrained_model_name_or_path": smaller_model, "checkpointing_steps": 1, "push_checkpoints_to_hub": True}
+    assert trainer(**PUSH, **flags, checkpoints_total_limit=1) == 0
+    output, [(name, repository)] = tmp_path / "output", hub.repositories.items()
+    assert (name, repository.private) == ("me/my-subject", True)
+    result = {"README.md", LORA_FILE, "sample_images/1.png", "sample_images/before_and_after.png"}
+    assert repository.files.keys() == result | {f"checkpoint-{step}/{LORA_FILE}" for step in (1, 2)}
+    assert all(repository.files[path] == (output / path).read_bytes() for path in result)
+    assert repository.files[f"checkpoint-2/{LORA_FILE}"] == (output / "checkpoint-2" / LORA_FILE).read_bytes()
+    assert repository.files[f"checkpoint-1/{LORA_FILE}"] != repository.files[f"checkpoint-2/{LORA_FILE}"]
+    for path, content in repository.files.items():
+        assert [word for word in private_words(tmp_path, photos, smaller_model) if word in content] == [], path
+    assert b'place = "me/my-subject"' in repository.files["README.md"]
+    assert "huggingface.co/me/my-subject    the same on the hub, for your account alone" in capsys.readouterr().out
+    assert not (output / WAITING).exists()
+
+
+def test_of_a_full_type_the_whole_pipeline_is_uploaded_and_to_everybody_if_that_was_asked_for(
+    trainer, hub, tmp_path, smaller_model
+):
+    flags = {"model_type": "deepfloyd-full", "lora_rank": None, "pretrained_model_name_or_path": smaller_model}
+    assert trainer(**PUSH | {"hub_model_id": "us/full", "hub_private": False}, **flags) == 0
+    [(name, repository)], pipeline = hub.repositories.items(), tmp_path / "output" / "pipeline"
+    assert (name, repository.private) == ("us/full", False)
+    local = {path.relative_to(pipeline).as_posix(): path.read_bytes() for path in pipeline.rglob("*") if path.is_file()}
+    assert repository.files == local and {"README.md", "model_index.json"} < local.keys()
+
+
+def test_pictures_that_were_made_of_the_dataset_stay_here(trainer, hub, tmp_path, tiny_stage2, photos):
+    data = tmp_path / "stage2.json"
+    data.write_text(json.dumps([{"id": "photos", "instance_data_dir": str(photos), "caption_strategy": "textfile"}]))
+    flags = {"model_type": "deepfloyd-stage2-lora", "pretrained_model_name_or_path": tiny_stage2, "resolution": 64}
+    flags |= {"data_backend_config": data, "validation_resolution": "64", "num_eval_images": 1, "max_train_steps": 1}
+    kept = tmp_path / "output" / SAMPLES / "1.png"  # of a training before, beside a card that its user made his own
+    kept.parent.mkdir(parents=True)
+    kept.touch()
+    assert trainer(**PUSH, **flags) == 0
+    [repository] = hub.repositories.values()
+    assert repository.files.keys() == {"README.md", LORA_FILE}
+    assert b"known_" not in repository.files["README.md"] and b".png)" not in repository.files["README.md"]
+
+
+@pytest.mark.parametrize("spoil, words", [
+    ({"token": ""}, ["PUSH_TO_HUB", "no account of the Hugging Face hub is known here", "hf auth login"]),
+    ({"token": "hf_other"}, ["PUSH_TO_HUB", "does not know the token", "hf auth login"]),
+    ({"answers": {"/api/whoami": 500}}, ["PUSH_TO_HUB", "answers with error 500"]),
+    ({"address": "http://127.0.0.1:9"}, ["PUSH_TO_HUB", "cannot be used (ConnectError"]),
+    ({"offline": True}, ["PUSH_TO_HUB", "HF_HUB_OFFLINE"]),
+    ({"role": "read"}, ["PUSH_TO_HUB", "the token of me may only read"]),
+    ({"flags": {"hub_model_id": "them/x"}}, ["HUB_MODEL_NAME", "'them/x'", "one of me, us"]),
+    ({"public": True}, ["HUB_MODEL_NAME", "me/my-subject, which is public", "HUB_PRIVATE"]),
+], ids=lambda value: next(iter(value)))  # fmt: skip
+def test_what_an_upload_lacks_is_told_before_the_training(
+    trainer, hub, tmp_path, monkeypatch, tmp_path_factory, capsys, spoil, words
+):
+    if spoil.get("token") == "":
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path_factory.mktemp("home") / "token"))
+    elif "token" in spoil:
+        monkeypatch.setenv("HF_TOKEN", spoil["token"])
+    hub.answers |= spoil.get("answers", {})
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", spoil.get("address", hub.address))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", "offline" in spoil)
+    hub.account |= {"auth": {"accessToken": {"role": spoil.get("role", "write")}}}
+    if "public" in spoil:
+        hub.repositories["me/my-subject"] = Repository(private=False)
+    before = set(tmp_path.rglob("*"))
+    assert trainer(**PUSH | spoil.get("flags", {})) == 2
+    said = capsys.readouterr().err
+    assert [word for word in words if word not in said] == []
+    assert set(tmp_path.rglob("*")) == before and not [path for path in hub.asked if "commit" in path]
+
+
+@pytest.mark.parametrize("place, status, words", [(COMMIT, 403, "may not write there"), (CREATE, 500, "error 500")])
+def test_an_upload_that_fails_is_told_with_the_command_that_does_it_and_ends_no_run(
+    trainer, hub, tmp_path, smaller_model, capfd, place, status, words
+):
+    hub.answers[place] = status
+    flags = {"max_train_steps": 1, "validation_prompt": None, "pretrained_model_name_or_path": smaller_model}
+    assert trainer(**PUSH | flags, checkpointing_steps=1, push_checkpoints_to_hub=True) == 0
+    said = "".join(capfd.readouterr())
+    assert words in said and "Nothing is lost" in said and "checkpoint-1 was not uploaded to me/my-subject" in said
+    [command] = [line.strip() for line in said.splitlines() if line.startswith("  hf upload ")]
+    assert shlex.split(command)[:6] == ["hf", "upload", "--private", "me/my-subject", str(tmp_path / "output"), "."]
+    assert f"--include={LORA_FILE}" in command and "Finished after 1 steps" in said
+    assert (tmp_path / "output" / LORA_FILE).exists()
+
+
+def test_without_a_connection_and_to_a_repository_that_went_public_nothing_is_uploaded(
+    hub, tmp_path, capfd, monkeypatch
+):
+    (tmp_path / "unet").mkdir()
+    hub.repositories["me/x"] = Repository(private=False)
+    assert not Hub("me/x", private=True).upload_result(Full(), tmp_path, 1, samples=True)
+    assert "me/x is public by now" in "".join(capfd.readouterr()) and hub.repositories["me/x"].files == {}
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not Hub("me/x", private=False).upload_result(LoRA(4, 4, 0.0, "attention"), tmp_path, 1, samples=True)
+    said = "".join(capfd.readouterr())
+    assert "ConnectError" in said and "hf upload me/x" in said
+
+
+def test_dry_runs_and_runs_that_were_interrupted_upload_no_result(trainer, hub, tmp_path, smaller_model, monkeypatch):
+    flags = {"pretrained_model_name_or_path": smaller_model, "validation_prompt": None}
+    assert trainer(**PUSH | flags, dry_run=True) == 0
+    assert hub.asked == []
+    step = loop.training_loss
+
+    def then_stop(*arguments):
+        (tmp_path / "output" / "stop").touch()
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "training_loss", then_stop)
+    assert trainer(**PUSH | flags, max_train_steps=3, push_checkpoints_to_hub=True) == 143
+    assert hub.repositories == {} and (tmp_path / "output" / "checkpoint-1").exists()
+
+
+def test_checkpoints_that_are_deleted_meanwhile_are_uploaded_all_the_same(hub, tmp_path):
+    hub.repositories["me/x"] = Repository(private=True)
+    uploads = Uploads(Hub("me/x", private=True), tmp_path)
+    for step in (1, 2, 3):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        for name in (LORA_FILE, "state.safetensors", "state.json", "manifest.json"):
+            (checkpoint / name).write_bytes(bytes([step]))
+        uploads.add(checkpoint)
+        shutil.rmtree(checkpoint)
+    uploads.finish()
+    assert hub.repositories["me/x"].files == {f"checkpoint-{step}/{LORA_FILE}": bytes([step]) for step in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("text, name", [
+    ("my subject!", "my-subject"), ("..--", "floydtuner"), ("a--b..c", "a-b-c"), ("写真", "floydtuner"),
+    ("x" * 300, "x" * 48), ("-a.git", "a"),
+])  # fmt: skip
+def test_a_repository_is_named_after_the_run_as_the_hub_takes_it(text, name):
+    assert hub_name(text) == name
+    assert load(["--model_type=deepfloyd-lora", f"--hub_model_id={name}"]).config.run.hub_model_id == name
