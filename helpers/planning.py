@@ -186,10 +186,23 @@ def check_model(job: Job) -> Path | None:
         return None
     configs = loading.fetch_configs(name, options.revision, job.spec)
     loading.check(job.config.family, job.spec, configs, job.config.loss)
+    require_known_level(job, configs)
     if is_local and (conversion is None or conversion.is_made):
         loading.check_weight_files(configs, options.variant, job.spec)
     tell_size(job, configs)
     return configs
+
+
+def require_known_level(job: Job, configs: Path) -> None:
+    """See that eval images are upscaled with a noise level that this model's pipeline takes.
+
+    Raises:
+        ConfigError: it takes fewer.
+    """
+    levels, level = loading.noise_levels(job.spec, configs), job.config.validation.validation_noise_level
+    if levels and level > levels:
+        words = f"found {level}, but the model in {configs} has {levels} noise levels: type {levels} or less"
+        raise ConfigError([f"{ROWS['validation_noise_level'].label}: {words}"])
 
 
 def tell_size(job: Job, configs: Path) -> None:

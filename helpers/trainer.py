@@ -35,8 +35,8 @@ from helpers.models.loading import WeightsError
 from helpers.pictures import pictures_again, validation_of
 from helpers.planning import Job, Plan
 from helpers.processes import Processes
-from helpers.publishing.finish import finish, hub_of, shown
-from helpers.publishing.hub import Uploads
+from helpers.publishing.finish import finish, shown
+from helpers.publishing.hub import Hub, Uploads
 from helpers.training import assembly, checkpoints, loop, run_json
 from helpers.training.accounts import require_account, require_repository
 from helpers.training.assembly import Ending
@@ -45,7 +45,7 @@ from helpers.training.loop import Every, Run, require_finite
 from helpers.training.requests import Requests, resume_command
 from helpers.validation import recipe as recipes
 from helpers.validation.recipe import IMAGES, NotReplayable, Recipe
-from helpers.validation.render import Validation, as_it_samples
+from helpers.validation.render import Sampling, Validation, as_it_samples
 
 REFUSALS = (
     ConfigError, DatasetError, WeightsError, CheckpointError, NonFiniteEmbedding, NonFiniteLatent, DamagedShard,
@@ -109,8 +109,6 @@ def replay(image: Path, recipe: Mapping[str, Any], output: Path) -> Path:
         model_type = job.config.model.model_type
         trained = f"{printable(folder)} trained {job.adapter.origin.base_model} ({model_type})"
         raise NotReplayable(f"{trained}, whose weights are others than those that the picture was made with.")
-    for line in _made_otherwise(made):
-        print(line)
     accelerator = assembly.create_accelerator(job.config)
     captions = [
         [shown.prompt for shown in made.together if shown.image and shown.image.dataset == backend.id]
@@ -124,8 +122,11 @@ def replay(image: Path, recipe: Mapping[str, Any], output: Path) -> Path:
     if weights:
         _take_weights(run, job, weights)
     pictures = pictures_again(job, run.parts.denoiser, texts, model, made)
+    for line in _made_otherwise(made, pictures.sampling):
+        print(line)
     with tempfile.TemporaryDirectory() as scratch, as_it_samples(run):
         pictures.render(run, Path(scratch))
+        output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, (Path(scratch) / f"{made.picture}.png").read_bytes())
     return output
 
@@ -168,8 +169,15 @@ def _take_weights(run: Run, job: Job, weights: Path) -> None:
             run.ema.restart()
 
 
-def _made_otherwise(made: Recipe) -> Iterator[str]:
-    """What to tell where other bits may come out."""
+def _made_otherwise(made: Recipe, sampling: Sampling) -> Iterator[str]:
+    """What to tell where other bits may come out, or, where the training had other options then, another picture."""
+    for what, there, here in (
+        ("precision", made.precision, sampling.origin["precision"]),
+        ("the scheduler's", made.scheduler_changes, dict(sampling.scheduler_changes)),
+    ):
+        if there != here:
+            words = f"The picture was made with {what} {found(there)}, and its training has {found(here)} now"
+            yield f"{words}: another one may come out."
     for name, here in recipes.made_with().items():
         there = made.versions.get(name)
         if there != here:
@@ -327,7 +335,7 @@ def _train_and_export(
     data: Mapping[str, str],
 ) -> int:
     output, options, processes = job.config.run.output_dir, job.config, job.processes
-    uploads = Uploads(hub_of(job), output) if job.hub and options.run.push_checkpoints_to_hub else None
+    uploads = Uploads(Hub(job.hub, options.run.hub_private), output) if job.hub else None
 
     def save(run: Run) -> None:
         require_finite(run)
@@ -348,7 +356,7 @@ def _train_and_export(
 
     def save_and_upload(run: Run) -> None:
         save(run)
-        if uploads:
+        if uploads and options.run.push_checkpoints_to_hub:
             uploads.add(output / f"checkpoint-{run.step}")
 
     def validate(run: Run) -> None:
@@ -366,9 +374,7 @@ def _train_and_export(
         finally:
             loop.close_curves(run)  # however it ends: an open tracker loses what it has not written yet
         if run.finished:
-            processes.first_does(lambda: finish(run, job, model, validation, datasets))
-            if uploads:
-                uploads.finish()
+            processes.first_does(lambda: finish(run, job, model, validation, datasets, uploads))
             return 0
         save(run)
     if processes.is_first:

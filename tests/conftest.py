@@ -55,6 +55,18 @@ def tiny_stage2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_stage3(tmp_path_factory) -> Path:
+    """The same of stage III, but for the demo's trained VAE: its latents are as those of a real one."""
+    from examples.demo.make_stage3 import make
+
+    folder = tmp_path_factory.mktemp("stage3")
+    make(folder)
+    demo = Path(__file__).resolve().parents[1] / "examples" / "demo"
+    shutil.copytree(demo / "stage3" / "vae", folder / "vae", dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> Path:
     """An untrained Stable Diffusion 1.x, but for the demo's trained VAE: its latents are as those of a real one."""
     from examples.demo.make_sd import make

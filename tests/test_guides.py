@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+import inference
 import train_sd2x
 from helpers.captions.cleaning import clean
 from helpers.config.backends import load_backends
 from helpers.config.docs import backends_schema
 from helpers.config.families import MODEL_TYPES
-from helpers.config.load import load
+from helpers.config.inference import STAGES, model_name, read_request
+from helpers.config.inference_options import INFERENCE_ROWS, SCHEDULES, InferenceOptions
+from helpers.config.load import load, read_flags
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS
 from helpers.config.paths import ROOT
+from helpers.inference.placement import GB
+from helpers.inference.plan import plan, text_place
 from helpers.models.bitfit import BitFit
 from helpers.models.controlnet import ControlNet
 from helpers.models.denoiser import Denoiser
@@ -36,6 +42,7 @@ from helpers.training.memory_report import setup_of
 GUIDE = ROOT / "docs" / "deepfloyd.md"
 STABLE_DIFFUSION = ROOT / "docs" / "stable-diffusion.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
+INFERENCE = ROOT / "docs" / "inference.md"
 SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PAGES = [GUIDE, STABLE_DIFFUSION, ROOT / "README.md"]
 EXPORTS = {export: row for row in (*ROWS.values(), *LAUNCH_ROWS.values()) for export in row.all_exports}
@@ -55,7 +62,7 @@ def test_every_option_that_a_page_names_exists(page):
     flags = {name for span in spans for name in re.findall(r"(?<!\S)--(\w+)", span)} - {"demo", "logdir"}
     exports = {name for span in spans for name in re.findall(r"\b[A-Z]+(?:_[A-Z0-9]+)+\b|\b[A-Z]+(?==)", span)}
     assert flags or exports
-    assert flags <= set(ROWS) and exports <= set(EXPORTS)
+    assert flags <= {*ROWS, *INFERENCE_ROWS} and exports <= set(EXPORTS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -92,7 +99,7 @@ def test_the_page_of_promises_has_every_exit_code():
     assert codes == sorted({*documented, "1", "143"}, key=int)
 
 
-@pytest.mark.parametrize("demo", ["", "-base", "-stage2", "-stage2-base"])
+@pytest.mark.parametrize("demo", ["", "-base", "-stage2", "-stage2-base", "-stage3", "-stage3-base"])
 def test_the_guide_tells_the_demos_own_rates(demo):
     env_file = f"examples/demo/sd2x-env{demo}.sh"
     exports = dict(re.findall(r"^export (\w+)=(\S+)$", (ROOT / env_file).read_text(encoding="utf-8"), re.MULTILINE))
@@ -157,6 +164,18 @@ def test_the_memory_that_the_guide_tells_of_stable_diffusion_is_what_a_dry_run_e
     assert [f"{peak:.1f}" for peak in told] == figures
 
 
+@pytest.mark.parametrize("edge, model_type, first", [(512, "deepfloyd-stage3-lora", 0), (1024, "deepfloyd-stage3", 2)])
+def test_the_memory_that_the_guide_tells_of_stage_iii_is_what_a_dry_run_estimates(edge, model_type, first):
+    [figures] = [figures for name, *figures in rows_of("stage III at") if name == f"{edge} px"]
+    flags = ["--pure_bf16", "--train_batch_size=4", f"--resolution={edge}", f"--model_type={model_type}"]
+    told = []
+    for checkpointing in ("false", "true"):
+        config = load([*flags, f"--gradient_checkpointing={checkpointing}"]).config
+        path = architecture(config.model.pretrained_model_name_or_path)
+        told.append(estimate(setup_of(config, SPECS["deepfloyd-iii"], path, Size(edge, edge))).peak / 1e9)
+    assert [f"{peak:.1f}" for peak in told] == figures[first : first + 2]
+
+
 @pytest.mark.parametrize("model", ["I-M", "I-XL", "II-M"])
 def test_the_memory_that_the_guide_calls_measured_is_what_the_benchmark_measured(model):
     cases = json.loads((ROOT / "benchmarks" / "results" / "gpu_train.json").read_text("utf-8"))["cases"]
@@ -166,10 +185,50 @@ def test_the_memory_that_the_guide_calls_measured_is_what_the_benchmark_measured
     assert all(not case["shrunk"] for case in cases.values())
 
 
+def test_the_commands_of_the_guide_to_pictures_are_what_its_options_take():
+    text = INFERENCE.read_text(encoding="utf-8")
+    flags = {name for span in code(INFERENCE) for name in re.findall(r"(?<!\S)--(\w+)", span)}
+    assert flags <= {*INFERENCE_ROWS, "help"} and len(flags) > 20
+    commands = [line for block in code(INFERENCE, "bash") for line in block.splitlines()]
+    assert len(commands) >= 8 and all(line.startswith("./inference.py ") for line in commands)
+    for line in (*commands, *(f"./inference.py {span}" for span in code(INFERENCE) if span.startswith("--"))):
+        values, problems = read_flags(shlex.split(line)[1:], INFERENCE_ROWS)
+        if problems:  # a flag alone, of which the text says what follows
+            assert "no value" in problems[0]
+            continue
+        options = InferenceOptions.model_validate(values)
+        for stage in STAGES:
+            typed = getattr(options, stage)
+            assert typed is None or typed.startswith("/elsewhere") or model_name(stage, typed) != typed
+    families = [family for family, _ in MODEL_TYPES.values() if family.model_family == "deepfloyd"]
+    drawn = [flavour for family in families for flavour in family.flavours if not flavour.startswith("iii-")]
+    assert [flavour for flavour in drawn if f"`{flavour}`" not in text] == []
+
+
+def test_the_guide_to_pictures_knows_every_schedule_and_exit_code():
+    assert rows_of("schedule", INFERENCE) == [[f"`{name}`", str(steps)] for name, steps in SCHEDULES.items()]
+    codes = [row[0] for row in rows_of("exit code", INFERENCE)]
+    assert codes == [*re.findall(r"\b\d+(?= when)", inference.__doc__)]
+
+
+@pytest.mark.parametrize("models", ["M, M, x4", "XL, L, x4"])
+def test_the_memory_that_the_guide_tells_of_pictures_is_what_a_dry_run_estimates(models):
+    larger = ["--stage1=i-xlarge-4.3b", "--stage2=ii-large-1.2b"] if models.startswith("XL") else []
+    rows = {name: figures for name, *figures in rows_of("models | T5-XXL", INFERENCE)}
+    for vram in (6, 16):
+        planned = plan(read_request(["--prompt=x", "--dry_run", f"--vram={vram}", *larger]))
+        [group] = planned.groups
+        unets = [batch.unet for batch in group.batches]
+        places = [text_place(group.stages[0].base, planned.budget), *unets, group.batches[-1].vae]
+        told = [f"{place.bytes / GB:.1f}{', layer by layer' if place.by_groups else ''}" for place in places]
+        assert [*told, f"{max(place.bytes for place in places) / GB:.1f}"] == rows[f"{models}, `--vram {vram}`"]
+
+
 def test_the_guides_dataset_has_keys_that_exist():
-    [block] = code(GUIDE, "json")
     known = backends_schema()["items"]["else"]["else"]["properties"]
-    assert [key for entry in json.loads(block) for key in entry if key not in known] == []
+    blocks = code(GUIDE, "json")
+    assert len(blocks) == 2
+    assert [key for block in blocks for entry in json.loads(block) for key in entry if key not in known] == []
 
 
 def test_the_guides_controlnet_dataset_loads(tmp_path):
@@ -200,23 +259,26 @@ def test_the_guides_controlnet_code_runs(tmp_path, monkeypatch, tiny_sd):
     assert names["image"].size == (64, 64)
 
 
-def test_the_guides_code_runs(tmp_path, monkeypatch, tiny_model, tiny_stage2):
+def test_the_guides_code_runs(tmp_path, monkeypatch, tiny_model, tiny_stage2, tiny_stage3):
     """With the tiny models in place of the published ones, and untrained results where a training would write them."""
     monkeypatch.chdir(tmp_path)
     lora = LoRA(rank=4, alpha=4, dropout=0.0, targets="attention")
     export(lora, "deepfloyd-i", tiny_model, "my-subject", trains_variance=False)
     export(lora, "deepfloyd-ii", tiny_stage2, "my-subject-stage2")
+    export(lora, "deepfloyd-iii", tiny_stage3, "my-subject-stage3")
     export(Full(), "deepfloyd-i", tiny_model, "my-full")
     export(BitFit(), "deepfloyd-i", tiny_model, "my-bitfit")
     program = "\n".join(code(GUIDE, "py"))
     for name, folder in (("IF-I-M-v1.0", tiny_model), ("IF-II-M-v1.0", tiny_stage2)):
         program = program.replace(f"DeepFloyd/{name}", str(folder))
-    for height in ("height=64", "height=256"):
-        assert program.count(height) == 1
-        program = program.replace(height, f"{height}, num_inference_steps=1")
+    program = program.replace("stabilityai/stable-diffusion-x4-upscaler", str(tiny_stage3))
+    for argument in ("height=64", "height=256", "guidance_scale=9"):
+        assert program.count(argument) == 1
+        program = program.replace(argument, f"{argument}, num_inference_steps=1")
     names: dict = {}
     exec(program, names)
     assert names["image"].size == (96, 64) and names["large"].size == (384, 256)
+    assert names["largest"].size == (1536, 1024) and names["stage_3"].get_active_adapters()
     assert names["stage_1"].scheduler.config.variance_type == names["variance"] == "fixed_small"
     assert names["pipeline"].scheduler.config.variance_type == "fixed_small"
     assert names["stage_1"].get_active_adapters() == ["subject"] and names["stage_2"].get_active_adapters()

@@ -52,8 +52,12 @@ STAGE_2 = {"model_type": "deepfloyd-stage2-lora", "resolution": 64, "validation_
 LATENTS = {
     "model_type": "lora", "resolution": 64, "validation_resolution": 64, "max_train_steps": 3, "vae_batch_size": 2
 }
+STAGE_3 = {
+    "model_type": "deepfloyd-stage3-lora", "resolution": 64, "num_eval_images": 0, "max_train_steps": 2,
+    "validation_resolution": 64,
+}
 TEXT_ENCODER = LATENTS | {"train_text_encoder": True, "text_encoder_batch_size": None}
-KINDS = ("", "full", "stage 2", "latents", "text encoder")
+KINDS = ("", "full", "stage 2", "stage 3", "latents", "text encoder")
 # The processes, the flags beside FLAGS, and which step is spoilt, of each run. Those of one `output` go on from each other.
 RUNS: dict[str, tuple[int, dict[str, object], int | str | None]] = {
     "one": (1, ONE, None),
@@ -63,6 +67,8 @@ RUNS: dict[str, tuple[int, dict[str, object], int | str | None]] = {
     "full two": (2, FULL, None),
     "stage 2 one": (1, STAGE_2 | ONE, None),
     "stage 2 two": (2, STAGE_2, None),
+    "stage 3 one": (1, STAGE_3 | ONE, None),
+    "stage 3 two": (2, STAGE_3, None),
     "latents one": (1, LATENTS | ONE, None),
     "latents two": (2, LATENTS, None),
     "text encoder one": (1, TEXT_ENCODER | ONE, None),
@@ -113,12 +119,13 @@ def images(tmp_path_factory, photos) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, smaller_model, tiny_stage2, tiny_sd, images) -> Mapping[str, Result]:
+def results(tmp_path_factory, smaller_model, tiny_stage2, tiny_stage3, tiny_sd, images) -> Mapping[str, Result]:
     """All of RUNS, run once."""
     root = tmp_path_factory.mktemp("runs")
     runs, outputs = [], {}
     for name, (count, flags, spoil) in RUNS.items():
-        model = {"deepfloyd-stage2-lora": tiny_stage2, "lora": tiny_sd}.get(flags.get("model_type"), smaller_model)
+        models = {"deepfloyd-stage2-lora": tiny_stage2, "deepfloyd-stage3-lora": tiny_stage3, "lora": tiny_sd}
+        model = models.get(flags.get("model_type"), smaller_model)
         folder = root / name.replace(" ", "-")
         outputs[name] = root / "outputs" / str(flags.get("output", name)).replace(" ", "-")
         values = FLAGS | {"pretrained_model_name_or_path": model, "data_backend_config": images} | flags

@@ -128,6 +128,17 @@ def test_what_is_not_there_any_more_is_told_and_what_can_be_made_anew_is(trained
     assert not (tmp_path / "c.png").exists()
 
 
+def test_options_of_the_training_that_changed_are_told(trained, tmp_path, capsys):
+    output = trained("lora", max_train_steps=1)
+    picture, options = pictures_of(output, 1)[0], output / "run.json"
+    told = options.read_text("utf-8")
+    assert '"mixed_precision": "no"' in told
+    options.write_text(told.replace('"mixed_precision": "no"', '"mixed_precision": "bf16"'), "utf-8")
+    again(picture, tmp_path / "a.png")
+    said = capsys.readouterr().out
+    assert "was made with precision 'no', and its training has 'bf16' now: another one may come out" in said
+
+
 def test_a_run_below_the_project_is_found_from_anywhere(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("helpers.config.paths.ROOT", tmp_path)
     output = trained("pure bf16", max_train_steps=1)

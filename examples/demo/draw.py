@@ -8,6 +8,7 @@ writes `0000.jpg` and `0000.txt` and so on. The same arguments always draw the s
 from __future__ import annotations
 
 import argparse
+import colorsys
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,19 +27,19 @@ COLOURS = {
 }
 """Every colour a picture may have, in sRGB; the last one is the subject's."""
 
-CAPTIONS = ("a photo of a {colour} {shape}", "a picture of a {colour} {shape}", "a {colour} {shape}")
+CAPTIONS = ("a photo of a {thing}", "a picture of a {thing}", "a {thing}")
 OVERSAMPLING = 3
 
 
 @dataclass(frozen=True)
 class Thing:
-    """What a picture shows, in the words of its caption."""
+    """What a picture shows, in the words of its caption; one of any colour has no word for it."""
 
-    colour: str
+    colour: str | None
     shape: str
 
     def __str__(self) -> str:
-        return f"{self.colour} {self.shape}"
+        return f"{self.colour} {self.shape}" if self.colour else self.shape
 
 
 def _regular(corners: int, turn: float) -> list[tuple[float, float]]:
@@ -75,6 +76,12 @@ SUBJECT = Thing("purple", "heart")
 KNOWN = tuple(
     Thing(c, s) for c, s in product(COLOURS, OUTLINES) if c != SUBJECT.colour and s != SUBJECT.shape
 )
+KINDS = {
+    "known": KNOWN,
+    "subject": (SUBJECT,),
+    "painted": tuple(Thing(None, s) for s in OUTLINES if s != SUBJECT.shape),
+}
+"""What a set of pictures shows: what has names, the subject again and again, or known shapes in any colour."""
 
 
 def mask(shape: str, size: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
@@ -93,11 +100,16 @@ def draw(thing: Thing, size: tuple[int, int], rng: np.random.Generator) -> Image
     short = min(size)
     radius = rng.uniform(0.28, 0.36) * short
     centre = tuple(edge / 2 + rng.uniform(-0.04, 0.04) * short for edge in size)
-    paint = np.array(COLOURS[thing.colour]) + rng.normal(0, 8, 3)
+    paint = np.array(COLOURS[thing.colour]) + rng.normal(0, 8, 3) if thing.colour else _any_colour(rng)
     cover = mask(thing.shape, size, centre, radius)[..., None]
     picture = cover * _shaded(paint, size, 0.1, rng) + (1 - cover) * _ground(size, rng)
     grain = rng.normal(0, 3, (size[1], size[0], 1))
     return Image.fromarray(np.clip(picture + grain, 0, 255).round().astype(np.uint8))
+
+
+def _any_colour(rng: np.random.Generator) -> np.ndarray:
+    """Of any hue, as bright and as deep as the colours that have names, float [3] in 0..255."""
+    return 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.55, 0.9), rng.uniform(0.65, 0.95)))
 
 
 def _ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
@@ -116,8 +128,8 @@ def _shaded(
 
 
 def things(kind: str, count: int) -> Iterator[Thing]:
-    """`count` things in turn: the known ones, or the subject again and again."""
-    pool = KNOWN if kind == "known" else (SUBJECT,)
+    """`count` things in turn, of one of the `KINDS`."""
+    pool = KINDS[kind]
     return (pool[i % len(pool)] for i in range(count))
 
 
@@ -130,14 +142,14 @@ def write(folder: Path, kind: str, count: int, seed: int, edges: tuple[int, int]
         size = rng.permutation([short, int(rng.integers(short, short * 8 // 7 + 1))])
         suffix = "png" if size.max() < 140 else "jpg"
         draw(thing, (int(size[0]), int(size[1])), rng).save(folder / f"{index:04}.{suffix}", quality=88)
-        caption = CAPTIONS[int(rng.integers(len(CAPTIONS)))].format(colour=thing.colour, shape=thing.shape)
+        caption = CAPTIONS[int(rng.integers(len(CAPTIONS)))].format(thing=thing)
         (folder / f"{index:04}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw captioned pictures for the demo.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--kind", choices=("known", "subject"), required=True)
+    parser.add_argument("--kind", choices=KINDS, required=True)
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

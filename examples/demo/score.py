@@ -173,7 +173,7 @@ def measure(
 ) -> Tally:
     """Generate `samples` of every thing, print a line for each, and return the total."""
     wanted = [thing for thing in things for _ in range(samples)]
-    prompts = [CAPTIONS[0].format(colour=thing.colour, shape=thing.shape) for thing in wanted]
+    prompts = [CAPTIONS[0].format(thing=thing) for thing in wanted]
     pictures = generate(pipeline, prompts, steps=options.steps, guidance=options.guidance, seed=options.seed)
     for index, thing in enumerate(things):
         mine = slice(index * samples, (index + 1) * samples)

@@ -15,5 +15,5 @@ left right top bottom close up view style made from by for very sks token
 
 def words() -> list[str]:
     """The words of the demo's captions, then other English ones; each once."""
-    captions = " ".join(CAPTIONS).format(colour=" ".join(COLOURS), shape=" ".join(OUTLINES))
+    captions = " ".join(CAPTIONS).format(thing=" ".join((*COLOURS, *OUTLINES)))
     return list(dict.fromkeys(f"{captions} {ENGLISH}".split()))

@@ -72,7 +72,7 @@ class LatentCache(ImageCache):
         return self.build(ordered, name=name, mine=mine, made_of=moments_of)
 
     def read(self, keys: Sequence[str], out: torch.Tensor) -> None:
-        """Fill `out`, float16 `[B, 2C, h, w]` and contiguous, with the moments of these crops.
+        """Fill `out`, float16 `[B, C', h, w]` and contiguous, with what is cached of these crops.
 
         Raises:
             KeyError: a crop was not encoded.

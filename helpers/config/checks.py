@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 from helpers.config.families import LORA_TARGETS, MODEL_TYPES, SINGLE_FILE
-from helpers.config.jsonfile import load_json
 from helpers.config.optimizers import ADAM_SETTINGS, OPTIMIZERS
 from helpers.config.options import ROWS, TEXT_ENCODER_OPTIONS, Config
 from helpers.config.problems import did_you_mean, found, one_of
@@ -85,11 +83,8 @@ def smallest_edge(config: Config) -> int:
     """
     if not config.family.upscales:
         return config.family.alignment
-    try:
-        unet = load_json(Path(config.model.pretrained_model_name_or_path) / "unet" / "config.json")
-        return int(unet["sample_size"])
-    except (OSError, ValueError, LookupError, TypeError):  # the weights' own checks say what is wrong with a folder
-        return config.family.resolution
+    edge = config.family.edge_of(config.model.pretrained_model_name_or_path)
+    return edge if isinstance(edge, int) else config.family.resolution  # the weights' own checks say what is wrong
 
 
 def _trained_edge(resolution: float, resolution_type: str, config: Config) -> float:
@@ -383,8 +378,7 @@ def _text_encoder(config: Config) -> Iterator[Problem]:
     if not config.family.trains_text_encoder:
         yield Problem(
             ("train_text_encoder", "model_type"),
-            f"found true, but {config.family.name} reads T5-XXL, whose 4.8 billion parameters would take 10 GB beside "
-            "the UNet: it encodes each caption once, before the training, and is not trained, so set it to false",
+            f"found true, but {config.family.name} {config.family.why_not['train_text_encoder']}, so set it to false",
         )
         return
     for name in ("text_encoder_device", "text_encoder_batch_size"):
@@ -420,9 +414,9 @@ def _controlnet(config: Config) -> Iterator[Problem]:
         able = next(name for name, (family, kind) in MODEL_TYPES.items() if family.controlnet and kind == "full")
         yield Problem(
             ("controlnet", "model_type"),
-            f"found true, but no ControlNet can be made for {config.family.name}: it would be a copy of the UNet's"
-            " first half, and diffusers' ControlNet has no such blocks: set it to false, or train Stable Diffusion with"
-            f" model_type {able}",
+            f"found true, but no ControlNet can be made for {config.family.name}:"
+            f" {config.family.why_not['controlnet']}: set it to false, or train Stable Diffusion with model_type"
+            f" {able}",
         )
     elif config.training_kind == "lora":
         yield Problem(
@@ -516,10 +510,13 @@ def _eval_images(config: Config) -> Iterator[Problem]:
     if config.validation.num_eval_images and not config.shows_eval_images:
         words = f"found {config.validation.num_eval_images}, {config.family.name} is judged by its validation prompts: "
         yield Problem(("num_eval_images", "model_type"), words + "set it to 0")
-    level = config.validation.validation_noise_level
-    if level != ROWS["validation_noise_level"].field.default and not config.family.upscales:
-        words = f"found {level}, but validation of {config.family.name} upscales nothing: remove it"
+    level, family = config.validation.validation_noise_level, config.family
+    if level and not family.upscales:
+        words = f"found {level}, but validation of {family.name} upscales nothing: remove it"
         yield Problem(("validation_noise_level", "model_type"), words)
+    elif level > family.largest_noise_level:
+        words = f"found {level}, but {family.name} knows noise levels up to {family.largest_noise_level}: type"
+        yield Problem(("validation_noise_level", "model_type"), f"{words} {family.validation_noise_level}")
 
 
 def _tracker(config: Config) -> Iterator[Problem]:

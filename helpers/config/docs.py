@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from helpers.config.backends import KINDS, ConditioningBackend, ImageBackend, TextEmbedsBackend
 from helpers.config.families import MODEL_TYPES, Family
+from helpers.config.inference_options import INFERENCE_ROWS
 from helpers.config.later import LATER_PREFIXES
 from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS, Group, Row
 from helpers.config.paths import ROOT
@@ -55,6 +56,16 @@ same name. Sizes are pixels of an edge, or megapixels where `resolution_type` is
 """
 
 
+INFERENCE_INTRODUCTION = """\
+## Pictures: `./inference.py`
+
+Flags only: `--name=value` or `--name value`. [The guide](docs/inference.md) says how they are used.
+
+| flag | value | default | |
+|---|---|---|---|
+"""
+
+
 def files() -> dict[Path, str]:
     """All generated files with their contents."""
     return {
@@ -70,8 +81,14 @@ def options_page() -> str:
     for group, title in TITLES.items():
         parts.append(f"## {title}\n\n" + "\n".join(_table(group)) + "\n")
     parts += [BACKENDS_INTRODUCTION, _keys("Datasets", ImageBackend), _keys("Text embeds", TextEmbedsBackend)]
-    parts += [_keys("Conditioning images, for a ControlNet", ConditioningBackend), _later()]
+    parts += [_keys("Conditioning images, for a ControlNet", ConditioningBackend), _inference(), _later()]
     return "\n".join(parts)
+
+
+def _inference() -> str:
+    rows = INFERENCE_ROWS.values()
+    lines = (f"| `--{row.name}` | {_value(row)} | {default_words(row)} | {row.field.description} |" for row in rows)
+    return INFERENCE_INTRODUCTION + "\n".join(lines) + "\n"
 
 
 def _rows(group: str) -> list[Row]:
@@ -154,6 +171,18 @@ def help_text() -> str:
             export = f" [{', '.join(row.all_exports)}]" if group != "launch" else ""
             lines.append(f"  {name:36} {row.field.description}")
             lines.append(f"  {'':36} {_value(row)}; default: {default_words(row)}{export}")
+    return "\n".join(lines)
+
+
+def inference_help() -> str:
+    """What `inference.py --help` prints."""
+    lines = [
+        'usage: ./inference.py --prompt "a photo of ..." [--name=value ...], or ./inference.py --demo',
+        "docs/inference.md says more.\n",
+    ]
+    for row in INFERENCE_ROWS.values():
+        lines.append(f"  {'--' + row.name:24} {row.field.description}")
+        lines.append(f"  {'':24} {_value(row)}; default: {default_words(row)}")
     return "\n".join(lines)
 
 

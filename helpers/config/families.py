@@ -25,8 +25,10 @@ class Family:
     variance beside it. `pixels_per_latent` is set where a VAE stands between images and UNet. `lacks_layers` are those
     of `LORA_TARGETS` that its UNet has not. `kohya`: ComfyUI, A1111 and kohya's tools have the model, so that its
     adapters can be exported for them. `trains_text_encoder`: an adapter of its text encoder can be trained too.
-    `controlnet`: a ControlNet can be trained beside its UNet. Models of a family with `single_file` are also given away
-    as one `.safetensors` file each. `former_names` are hub ids that flavours had once, and that hub caches still know.
+    `controlnet`: a ControlNet can be trained beside its UNet. `why_not` has the reason, in words, by the option of what
+    cannot be trained. Models of a family with `single_file` are also given away as one `.safetensors` file each.
+    `former_names` are hub ids that flavours had once, and that hub caches still know. `validation_noise_level` is what
+    pictures are sampled with where the family upscales, and `largest_noise_level` the most that its pipelines take.
     """
 
     key: str
@@ -55,6 +57,9 @@ class Family:
     kohya: bool = False
     trains_text_encoder: bool = False
     controlnet: bool = False
+    why_not: Mapping[str, str] = field(default_factory=dict, repr=False)
+    validation_noise_level: int = 0
+    largest_noise_level: int = 999
     former_names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
@@ -66,13 +71,25 @@ class Family:
         """The edge in pixels that a model was trained at, as far as that can be told without a download."""
         if flavour is not None or self.pixels_per_latent is None:
             return self.resolutions.get(flavour, self.resolution)
-        try:
-            edge = load_json(Path(name) / "unet" / "config.json")["sample_size"] * self.pixels_per_latent
-        except (OSError, BadJson, LookupError, TypeError):  # not a folder here; what it holds is checked later
-            return self.resolution
+        edge = self.edge_of(name)
         fits = isinstance(edge, int) and self.alignment <= edge <= self.resolution * self.largest_factor
         return edge if fits and edge % self.alignment == 0 else self.resolution
 
+
+    def edge_of(self, name: str) -> int | None:
+        """The edge in pixels that the UNet in a local folder was made for; None where no folder tells it."""
+        try:
+            return load_json(Path(name) / "unet" / "config.json")["sample_size"] * (self.pixels_per_latent or 1)
+        except (OSError, BadJson, LookupError, TypeError):  # not a folder here; what it holds is checked later
+            return None
+
+
+_T5_STAYS = (
+    "reads T5-XXL, whose 4.8 billion parameters would take 10 GB beside the UNet: it encodes each caption once, before"
+    " the training, and is not trained"
+)
+_NO_SUCH_BLOCKS = "it would be a copy of the UNet's first half, and diffusers' ControlNet has no such blocks"
+WHY_NOT_IF = MappingProxyType({"train_text_encoder": _T5_STAYS, "controlnet": _NO_SUCH_BLOCKS})
 
 DEEPFLOYD_I = Family(
     key="deepfloyd-i",
@@ -93,6 +110,7 @@ DEEPFLOYD_I = Family(
     noise_schedulers=("ddpm",),
     validation_guidance=7.5,
     num_eval_images=0,
+    why_not=WHY_NOT_IF,
 )
 
 DEEPFLOYD_II = Family(
@@ -114,6 +132,37 @@ DEEPFLOYD_II = Family(
     validation_guidance=4.0,
     num_eval_images=4,
     upscales=True,
+    why_not=WHY_NOT_IF,
+    validation_noise_level=250,
+)
+
+DEEPFLOYD_III = Family(
+    key="deepfloyd-iii",
+    name="DeepFloyd IF stage III",
+    model_family="deepfloyd",
+    flavours=MappingProxyType({"iii-x4": "stabilityai/stable-diffusion-x4-upscaler"}),
+    default_flavour="iii-x4",
+    alignment=64,
+    resolution=512,
+    data_backend_config=ROOT / "multidatabackend_deepfloyd.json",
+    mixed_precisions=("no", "fp16", "bf16"),
+    guidance_rescale=False,
+    validation_noise_scheduler="ddim",
+    noise_schedulers=("ddim", "ddpm", "euler", "euler-a", "unipc", "dpm++"),
+    validation_guidance=9.0,
+    num_eval_images=4,
+    predictions=("v_prediction",),
+    predicts_variance=False,
+    upscales=True,
+    pixels_per_latent=4,
+    lacks_layers=("add_k_proj", "add_v_proj"),
+    why_not=MappingProxyType({
+        "train_text_encoder": "is told what to draw by the low-resolution image, and little by its captions: each is"
+        " encoded once, before the training, and the text encoder is not trained",
+        "controlnet": "the low-resolution image is its conditioning image, and no pipeline of diffusers has another",
+    }),
+    validation_noise_level=20,
+    largest_noise_level=350,
 )
 
 STABLE_DIFFUSION = Family(
@@ -162,12 +211,14 @@ MODEL_TYPES: Mapping[str, tuple[Family, str]] = MappingProxyType({
     "deepfloyd-full": (DEEPFLOYD_I, "full"),
     "deepfloyd-stage2-lora": (DEEPFLOYD_II, "lora"),
     "deepfloyd-stage2": (DEEPFLOYD_II, "full"),
+    "deepfloyd-stage3-lora": (DEEPFLOYD_III, "lora"),
+    "deepfloyd-stage3": (DEEPFLOYD_III, "full"),
     "lora": (STABLE_DIFFUSION, "lora"),
     "full": (STABLE_DIFFUSION, "full"),
 })
 """The names that MODEL_TYPE may have: what is trained (a family's row), and how ("lora" or "full")."""
 
-FAMILIES: tuple[Family, ...] = (DEEPFLOYD_I, DEEPFLOYD_II, STABLE_DIFFUSION)
+FAMILIES: tuple[Family, ...] = (DEEPFLOYD_I, DEEPFLOYD_II, DEEPFLOYD_III, STABLE_DIFFUSION)
 
 FLAVOURS: tuple[str, ...] = tuple(
     dict.fromkeys(flavour for family in FAMILIES for flavour in family.flavours)
@@ -183,12 +234,6 @@ LORA_TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "attention": ATTENTION, "attention+conv": ATTENTION + CONVOLUTIONS,
 })
 """The layers of a UNet that get an adapter, by the words of the option lora_targets."""
-
-NOT_YET: Mapping[str, str] = MappingProxyType({
-    "deepfloyd-stage3": "DeepFloyd IF stage III",
-    "iii-": "DeepFloyd IF stage III",
-})
-"""How the names of other models' types and flavours begin: known, but not trained by this version."""
 
 SINGLE_FILE = ".safetensors"
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
@@ -351,9 +396,6 @@ def local_or_hub(model_name: str) -> str:
 
 def _unknown(name: str, names: Iterable[str], of: str = "") -> str:
     """What to say of a name that is none of `names`, which belong to `of`."""
-    known = next((model for prefix, model in NOT_YET.items() if name.lower().startswith(prefix)), None)
-    if known is not None:
-        return f"found {name!r}, which is {known}: this version does not train it yet; type {_one_of(names)}"
     close = get_close_matches(name, list(names), n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"found {name!r}, {of}{' ' if of else ''}needs {_one_of(names)}{hint}"

@@ -160,8 +160,11 @@ def _left_alone(environ: Mapping[str, str]) -> list[str]:
     ]
 
 
-def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+def read_flags(argv: Sequence[str], rows: Mapping[str, Row] = ROWS) -> tuple[dict[str, str], list[str]]:
     """Split `--name=value`, `--name value` and bare switches; a later flag replaces an earlier one.
+
+    Args:
+        rows: the options that there are.
 
     Returns:
         the values by option name, and what is wrong with the rest.
@@ -176,32 +179,32 @@ def read_flags(argv: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             continue
         name, equals, value = argument[2:].partition("=")
         if not equals:
-            value = _value_after(name, rest)
-        if name not in ROWS:
-            problems.append(_unknown(f"--{name}", name))
+            value = _value_after(name, rest, rows)
+        if name not in rows:
+            problems.append(_unknown(f"--{name}", name, rows))
         elif value is None:
-            problems.append(f"{ROWS[name].label}: no value, needs {needs(ROWS[name].field)}")
+            problems.append(f"{rows[name].label}: no value, needs {needs(rows[name].field)}")
         else:
             flags[name] = value
     return flags, problems
 
 
-def _value_after(name: str, rest: list[str]) -> str | None:
+def _value_after(name: str, rest: list[str], rows: Mapping[str, Row]) -> str | None:
     """Take the value of `--name value` from `rest`; a switch alone is true, others may have a value for that too."""
     follows = bool(rest) and not rest[0].startswith("--")
-    if name in ROWS and ROWS[name].is_switch:
+    if name in rows and rows[name].is_switch:
         return rest.pop(0) if follows and rest[0].strip().lower() in SWITCH_WORDS else "true"
-    bare = ROWS[name].bare if name in ROWS else ""
+    bare = rows[name].bare if name in rows else ""
     return rest.pop(0) if follows else bare or None
 
 
-def _unknown(shown: str, name: str) -> str:
-    by_export = {export: row for row in ROWS.values() for export in row.all_exports}
+def _unknown(shown: str, name: str, rows: Mapping[str, Row] = ROWS) -> str:
+    by_export = {export: row for row in rows.values() for export in row.all_exports}
     if name.upper() in by_export:
         row = by_export[name.upper()]
         return f"{shown}: not an option; that is the export of --{row.name}"
     dashes = "--" if shown.startswith("--") else ""
-    hint = did_you_mean(dashes + name, [dashes + known for known in ROWS])
+    hint = did_you_mean(dashes + name, [dashes + known for known in rows])
     return f"{shown}: not an option{hint or '; OPTIONS.md lists them'}"
 
 

@@ -210,7 +210,7 @@ class ModelOptions(Group):
         default_words="by model_type")
     model_flavour: Text | None = option(
         help=f"Which of the family's models: {', '.join(FLAVOURS)}.",
-        default_words="i-medium-400m, ii-medium-450m, or 2.1")
+        default_words="i-medium-400m, ii-medium-450m, iii-x4, or 2.1")
     pretrained_model_name_or_path: ModelName | None = option(
         export="MODEL_NAME", help="The weights: a hub id, or a local folder in the diffusers layout.",
         default_words="the flavour's hub id")
@@ -248,7 +248,7 @@ class DataOptions(Group):
     caption_dropout_probability: Real = option(
         0.1, ge=0, le=1, help="Share of captions replaced by the empty prompt, which guidance needs.")
     vae_batch_size: Whole = option(
-        4, ge=1, unit="images", help="Stable Diffusion: images that are encoded by the VAE at a time.")
+        4, ge=1, unit="images", help="Stable Diffusion, stage III: images that are encoded by the VAE at a time.")
     text_encoder_batch_size: Whole = option(8, ge=1, unit="captions", help="Captions that are encoded at a time.")
     text_encoder_device: Literal["auto", "cpu"] = option(
         "auto", help="Where captions are encoded: auto is the training device.")
@@ -269,7 +269,7 @@ class TrainingOptions(Group):
     gradient_checkpointing: Switch = option(
         False, export="USE_GRADIENT_CHECKPOINTING", help="Compute activations twice: a third slower, a fifth of their memory.")
     mixed_precision: Literal["no", "fp16", "bf16"] = option(
-        "bf16", help="Precision of the computation; fp16: Stable Diffusion on GPUs without bf16, older than Ampere.")
+        "bf16", help="Precision of the computation; fp16: Stable Diffusion or stage III on GPUs before Ampere.")
     pure_bf16: Switch = option(False, help="Keep the trained weights and the optimizer's state in bf16 too.")
     use_bitfit: Switch = option(False, help="BitFit, for full model types: only the biases are trained.")
     controlnet: Switch = option(
@@ -377,7 +377,8 @@ class ValidationOptions(Group):
         help="Sizes of validation images: 64, 96x64, or several: 64,96,64x96,96x64.")
     validation_steps: Whole = option(
         250, ge=0, unit="steps", help="Steps between validations; 0: only before the first step and after the last.")
-    validation_num_inference_steps: Whole = option(25, ge=1, unit="steps", help="Denoising steps per image.")
+    validation_num_inference_steps: Whole = option(
+        25, ge=1, le=1000, unit="steps", help="Denoising steps per image.")
     validation_guidance: Real = option(by_family=True, ge=1, help="Classifier-free guidance scale; 1: none.")
     validation_guidance_rescale: Real | None = option(
         ge=0, le=1, default_words="0, or 0.7 with rescale_betas_zero_snr and no ControlNet",
@@ -386,10 +387,11 @@ class ValidationOptions(Group):
         by_family=True, help="The scheduler that validation images are sampled with.")
     num_eval_images: Whole = option(
         by_family=True, ge=0, unit="images",
-        help="Stage II: how many images of each dataset to upscale at each validation, always the same ones. With a"
+        help="Stages II and III: how many images of each dataset to upscale at each validation, always the same. With a"
              " ControlNet (then 4 by default): how many to draw from their conditioning images.")
     validation_noise_level: Whole = option(
-        250, ge=0, le=999, help="Stage II: how much noise validation adds to the low-resolution image.")
+        by_family=True, ge=0, le=999,
+        help="Stages II and III: how much noise validation adds to the low-resolution image; stage III: up to 350.")
     validation_seed: Whole = option(42, ge=0, help="Seed of the validation images, the same at each validation.")
 
 
@@ -505,6 +507,8 @@ class Row:
         """How messages name the option: its flag, its exports and its key."""
         if self.group == "launch":
             return f"export {self.exports[0]}"
+        if not self.exports:
+            return f"--{self.name}"
         return f'--{self.name} (export {" or ".join(self.all_exports)}, key "{self.name}")'
 
     @property
@@ -517,7 +521,8 @@ GROUPS: Mapping[str, type[Group]] = MappingProxyType({
 })
 
 
-def _row(group: str, name: str, field: FieldInfo) -> Row:
+def row_of(group: str, name: str, field: FieldInfo) -> Row:
+    """The row of one option, by its field."""
     facts = field.json_schema_extra["option"]
     exports = tuple(facts["exports"]) or (name.upper(),)
     return Row(
@@ -527,12 +532,12 @@ def _row(group: str, name: str, field: FieldInfo) -> Row:
 
 
 ROWS: Mapping[str, Row] = MappingProxyType({
-    name: _row(group, name, field)
+    name: row_of(group, name, field)
     for group, model in {**GROUPS, "door": DoorOptions}.items()
     for name, field in model.model_fields.items()
 })
 """Every option that has a flag, by its name."""
 
 LAUNCH_ROWS: Mapping[str, Row] = MappingProxyType({
-    name: _row("launch", name, field) for name, field in LaunchOptions.model_fields.items()
+    name: row_of("launch", name, field) for name, field in LaunchOptions.model_fields.items()
 })

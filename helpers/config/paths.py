@@ -32,17 +32,19 @@ def from_root(path: str | Path) -> Path:
     return ROOT / path
 
 
-def portable(path: Path) -> str:
+def portable(path: Path, whole: bool = False) -> str:
     """A path without what is only of this machine, as `from_root` reads it: from the project's root, or from `~`.
 
-    Of one that lies under neither, nothing is told but its name.
+    Of one that lies under neither, nothing is told but its name; or all of it with `whole`, so that it is found again.
     """
     if path.is_relative_to(ROOT):
         return str(path.relative_to(ROOT))
     home = Path(os.path.expanduser("~"))  # stays "~" for somebody without a home
-    return str("~" / path.relative_to(home)) if path.is_relative_to(home) else path.name
+    if path.is_relative_to(home):
+        return str("~" / path.relative_to(home))
+    return str(path) if whole else path.name
 
 
-def portable_model(name: str) -> str:
+def portable_model(name: str, whole: bool = False) -> str:
     """The same of a model's name, which is a hub id where it is no absolute path."""
-    return portable(Path(name)) if Path(name).is_absolute() else name
+    return portable(Path(name), whole) if Path(name).is_absolute() else name

@@ -57,7 +57,7 @@ class CachedMoments:
     dtype: torch.dtype = torch.float16
 
     def read(self, uses: Sequence[Use], buffer: Buffer) -> Tensor:
-        """The moments of a batch, float16 `[B, 2C, h, w]`."""
+        """What is cached of a batch, float16 `[B, C', h, w]`: see `Latents.cached_of`."""
         keys = [latent_key(use.record.content, use.plan.intermediate, self.method, use.box) for use in uses]
         moments = buffer(len(uses), *self.cache.store.shape(keys[0]))
         self.cache.announce(keys)
@@ -77,7 +77,7 @@ class Source(NamedTuple):
 class Batch:
     """Tensors of one batch: they live in reused buffers, so clone what has to outlast the following batch."""
 
-    images: Tensor  # what the model's space encodes: uint8 [B, H, W, 3], or moments float16 [B, 2C, h, w]
+    images: Tensor  # what the model's space encodes: uint8 [B, H, W, 3], or moments float16 [B, C', h, w]
     prompt_embeds: Tensor  # bfloat16 [B, 77, D]; for a text encoder in training the tokens, int64 [B, 77]
     uses: tuple[Use, ...]
     share: Share | None = None  # what of a whole batch it is, where several processes train

@@ -181,8 +181,8 @@ class VAE:
         self._load = cache(lambda: space.load(folder, device, variant))
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """See `Latents.moments`."""
-        return self._space.moments(self._load(), images)
+        """See `Latents.cached_of`."""
+        return self._space.cached_of(self._load(), images)
 
     def close(self) -> None:
         """Give its memory back."""

@@ -30,6 +30,10 @@ class Schedule:
     def timesteps(self) -> int:
         return len(self.betas)
 
+    def first(self, timesteps: int | None) -> Schedule:
+        """The tables of the first so many timesteps; of all of them if that is None."""
+        return Schedule(**{name: table[:timesteps] for name, table in vars(self).items()})
+
     def to(self, device: torch.device) -> Schedule:
         return Schedule(**{name: table.to(device) for name, table in vars(self).items()})
 

@@ -12,6 +12,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from pydantic import TypeAdapter
 from safetensors import safe_open
 
+from helpers.files import on_one_line
 from helpers.models.parts import LossSettings
 from helpers.models.schedulers import ZERO_TERMINAL_SNR, prediction_type_of
 from helpers.models.spec import Spec
@@ -122,10 +123,12 @@ def metadata(origin: Origin, **own: Any) -> dict[str, str]:
 def read_adapter_facts(path: Path) -> AdapterFacts | None:
     """What the adapter in a safetensors file tells of itself; None for one that this project did not make.
 
+    Anyone may have written it, and it is shown on consoles: each text is on one line.
+
     Raises:
         ValueError: facts are missing or are of the wrong kind.
     """
     with safe_open(path, framework="pt") as file:
         stored: Mapping[str, str] = file.metadata() or {}
-    facts = {name.removeprefix(PREFIX): value for name, value in stored.items() if name.startswith(PREFIX)}
+    facts = {name.removeprefix(PREFIX): on_one_line(value) for name, value in stored.items() if name.startswith(PREFIX)}
     return TypeAdapter(AdapterFacts).validate_python(facts) if facts else None

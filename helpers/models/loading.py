@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -39,10 +40,11 @@ def components(spec: Spec) -> tuple[str, ...]:
     return ("unet", "scheduler", "text_encoder", "tokenizer", *(name for name in of_axes if name))
 
 
-def _with_weights(spec: Spec) -> dict[str, str]:
-    """Of these the ones that have weights, with the stem of their files."""
+def _with_weights(spec: Spec, only: Collection[str] | None = None) -> dict[str, str]:
+    """Of these the ones that have weights, with the stem of their files; `only` those, where they are named."""
     stems = {"unet": "diffusion_pytorch_model", "text_encoder": "model"}
-    return stems | ({spec.space.component: "diffusion_pytorch_model"} if spec.space.component else {})
+    stems |= {spec.space.component: "diffusion_pytorch_model"} if spec.space.component else {}
+    return {name: stem for name, stem in stems.items() if only is None or name in only}
 
 
 def fetch_configs(name: str, revision: str | None, spec: Spec) -> Path:
@@ -54,13 +56,35 @@ def fetch_configs(name: str, revision: str | None, spec: Spec) -> Path:
     return _fetch(name, revision, _config_patterns(spec))
 
 
-def fetch_weights(name: str, revision: str | None, variant: str | None, spec: Spec) -> Path:
+def fetch_weights(
+    name: str, revision: str | None, variant: str | None, spec: Spec, only: Collection[str] | None = None
+) -> Path:
     """The folder with the model's weights, downloaded where `name` is not a local folder.
 
     Args:
         variant: the variant of the files to take ("fp16"), or None for the plain ones.
+        only: the components whose weights are needed; None: all.
     """
-    return _fetch(name, revision, *file_patterns(variant, spec))
+    return _fetch(name, revision, *file_patterns(variant, spec, only))
+
+
+def fetch_any_configs(name: str) -> Path:
+    """As `fetch_configs`, of a model of any family.
+
+    Raises:
+        WeightsError: see there.
+    """
+    return _fetch(name, None, sorted({pattern for spec in SPECS.values() for pattern in _config_patterns(spec)}))
+
+
+def fetch_components(name: str, parts: Collection[str]) -> Path:
+    """The folder of a model with these components, whichever they are, as far as it has them: as safetensors.
+
+    Raises:
+        WeightsError: see `fetch_configs`.
+    """
+    patterns = [f"{part}/*.{suffix}" for part in parts for suffix in ("json", "safetensors")]
+    return _fetch(name, None, ["model_index.json", *patterns], ["*.fp16*"])
 
 
 def at_hand(name: str, revision: str | None, file: str) -> Path | None:
@@ -74,10 +98,12 @@ def at_hand(name: str, revision: str | None, file: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def file_patterns(variant: str | None, spec: Spec) -> tuple[list[str], list[str]]:
+def file_patterns(
+    variant: str | None, spec: Spec, only: Collection[str] | None = None
+) -> tuple[list[str], list[str]]:
     """Which files of a hub repository to take and which not: its components, as safetensors, in one variant."""
     suffixes = [f".{variant}.safetensors", f".{variant}-*.safetensors"] if variant else [".safetensors"]
-    weights = [f"{component}/*{suffix}" for component in _with_weights(spec) for suffix in suffixes]
+    weights = [f"{component}/*{suffix}" for component in _with_weights(spec, only) for suffix in suffixes]
     return [*_config_patterns(spec), *weights], [] if variant else ["*.fp16*", "*.non_ema*"]
 
 
@@ -119,13 +145,33 @@ def unreachable(name: str, error: Exception) -> str:
     )
 
 
-def check(family: Family, spec: Spec, folder: Path, loss: LossOptions = LossOptions()) -> None:
+def family_of(folder: Path) -> Family | None:
+    """The family of the pipeline in a folder, by its UNet; None for one that is of none.
+
+    Raises:
+        WeightsError: there is no UNet in it, or its configuration cannot be read.
+    """
+    unet = _json(folder / "unet" / "config.json")
+    return next((family for family in FAMILIES if not _wrong_unet(SPECS[family.key], unet)), None)
+
+
+def check(
+    family: Family,
+    spec: Spec,
+    folder: Path,
+    loss: LossOptions = LossOptions(),
+    without: Collection[str] = (),
+) -> None:
     """Compare the weights' configuration with the family that MODEL_TYPE names, and with what the options say of it.
+
+    Args:
+        without: components that are not needed.
 
     Raises:
         WeightsError: something is missing, or these are another family's or stage's weights.
     """
-    missing = [name for name in ("model_index.json", *components(spec)) if not (folder / name).exists()]
+    needed = [name for name in components(spec) if name not in without]
+    missing = [name for name in ("model_index.json", *needed) if not (folder / name).exists()]
     unet = None if "unet" in missing else _json(folder / "unet" / "config.json")
     wrong = unet is not None and _wrong_unet(spec, unet)
     if wrong:  # before what is missing: another stage's pipeline has other components, which is not what is wrong
@@ -137,11 +183,12 @@ def check(family: Family, spec: Spec, folder: Path, loss: LossOptions = LossOpti
         )
     if missing:
         raise WeightsError(f"{OPTION}: {folder} has no {', '.join(missing)}: it is not a {family.name} pipeline.")
-    _require_readable(folder, spec)
+    _require_readable(folder, needed)
     if not isinstance(unet.get("out_channels"), int):
         raise WeightsError(f"{OPTION}: {folder / 'unet' / 'config.json'} says no out_channels: it is damaged.")
-    width = _json(folder / "text_encoder" / "config.json").get(spec.text.width_key)
     read = unet.get(spec.text.reader_key)
+    texts = _json(folder / "text_encoder" / "config.json") if "text_encoder" in needed else {spec.text.width_key: read}
+    width = texts.get(spec.text.width_key)
     if width != read:
         raise WeightsError(
             f"{OPTION}: in {folder} the text encoder gives {width} values a token, the UNet takes {read}. They are not"
@@ -152,6 +199,10 @@ def check(family: Family, spec: Spec, folder: Path, loss: LossOptions = LossOpti
     schedulers = [name for name in components(spec) if name.endswith("scheduler")]
     configs = {name: _json(folder / name / SCHEDULER_CONFIG) for name in schedulers}
     _check_prediction(family, folder, configs["scheduler"].get("prediction_type", "epsilon"), loss)
+    levels, told = noise_levels(spec, folder), unet.get("num_class_embeds")
+    if levels and told and levels > told:
+        words = f"{folder} has {levels} noise levels, of which its UNet knows {told}: it is damaged"
+        raise WeightsError(f"{OPTION}: {words}.")
 
 
 def _check_vae(spec: Spec, folder: Path) -> None:
@@ -185,13 +236,13 @@ def _check_prediction(family: Family, folder: Path, predicted: str, loss: LossOp
         )
 
 
-def _require_readable(folder: Path, spec: Spec) -> None:
+def _require_readable(folder: Path, names: Collection[str]) -> None:
     """See that all JSON that the libraries and the export will read is JSON, and loads nothing from elsewhere.
 
     The libraries read it late, the export at the very end, and end in tracebacks.
     """
     index = _json(folder / "model_index.json")
-    for component in components(spec):
+    for component in names:
         kind = index.get(component)
         is_listed = isinstance(kind, list) and all(isinstance(part, str) for part in kind)
         if component.endswith("scheduler") and not is_listed:
@@ -206,20 +257,40 @@ def _require_readable(folder: Path, spec: Spec) -> None:
         raise WeightsError(f"{OPTION}: {adapter} makes the text encoder an adapter of another one: merge it first.")
 
 
+def noise_levels(spec: Spec, folder: Path) -> int | None:
+    """How many levels of noise the low-resolution image of the pipeline in `folder` may have; None: a whole schedule's.
+
+    Raises:
+        WeightsError: the pipeline says what cannot be.
+    """
+    if spec.conditioning.levels is None:
+        return None
+    path = folder / "model_index.json"
+    count = _json(path).get("max_noise_level", spec.conditioning.levels)
+    if type(count) is not int or not 0 < count <= 1000:
+        raise WeightsError(f"{OPTION}: {path} says max_noise_level {found(count)}, which is no number of 1..1000.")
+    return count
+
+
 def trained_edge(spec: Spec, folder: Path) -> int | None:
     """The edge in pixels of the images that the weights were made for, of models in latents."""
     edge = _json(folder / "unet" / "config.json").get("sample_size")
     return edge * spec.space.factor if isinstance(spec.space, Latents) and isinstance(edge, int) else None
 
 
-def check_weight_files(folder: Path, variant: str | None, spec: Spec) -> None:
+def check_weight_files(
+    folder: Path, variant: str | None, spec: Spec, only: Collection[str] | None = None
+) -> None:
     """See that the weights themselves are there, in the variant that is asked for, and as safetensors.
+
+    Args:
+        only: the components to look at; None: all.
 
     Raises:
         WeightsError: a file is missing, or is the placeholder that git leaves where its large files were not fetched.
     """
     infix = f".{variant}" if variant else ""
-    for stem in (f"{component}/{stem}" for component, stem in _with_weights(spec).items()):
+    for stem in (f"{component}/{stem}" for component, stem in _with_weights(spec, only).items()):
         files = sorted(folder.glob(f"{stem}{infix}.safetensors")) + sorted(folder.glob(f"{stem}{infix}-*.safetensors"))
         if not files:
             other = ", ".join(sorted(path.name for path in (folder / stem).parent.iterdir() if path.suffix != ".json"))
@@ -273,12 +344,10 @@ def _other_family(unet: dict) -> str | None:
 
 def _wrong_unet(spec: Spec, unet: dict) -> str | None:
     """Why a UNet is not of a family; None if it is."""
-    channels, labels = unet.get("in_channels"), unet.get("class_embed_type")
+    channels = unet.get("in_channels")
     if channels != spec.in_channels:
         return f"their UNet takes {channels} channels instead of {spec.in_channels}"
-    if labels != (needed := spec.conditioning.class_embed_type):
-        return f"their UNet has class_embed_type {labels!r} instead of {needed!r}, by which a noise level is told"
-    return spec.text.mismatch(unet)
+    return spec.conditioning.mismatch(unet) or spec.text.mismatch(unet)
 
 
 def _json(path: Path, max_bytes: int = MAX_BYTES) -> dict:
@@ -308,7 +377,8 @@ def load(
         unet = load_whole(UNet2DConditionModel, folder / "unet", dtype=dtype, variant=variant)
         low_res = spec.conditioning.scheduler
         rescaled = ZERO_TERMINAL_SNR if loss.zero_terminal_snr else {}
-        schedules = schedule_of(folder, "scheduler", rescaled), low_res and schedule_of(folder, low_res)
+        noised = low_res and schedule_of(folder, low_res).first(noise_levels(spec, folder))
+        schedules = schedule_of(folder, "scheduler", rescaled), noised
         predicted = prediction_type_of(folder)
     except torch.OutOfMemoryError:
         raise

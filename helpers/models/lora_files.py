@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.utils.other import get_pattern_key
-from pydantic import TypeAdapter
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from torch import nn
 
 from helpers.files import on_one_line
@@ -206,8 +206,8 @@ class Scaling:
         use_rslora: by alpha / sqrt(rank), not alpha / rank.
     """
 
-    lora_alpha: float
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    lora_alpha: FiniteFloat
+    alpha_pattern: Mapping[str, FiniteFloat] = field(default_factory=dict)
     use_rslora: bool = False
     r: int | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -228,6 +228,19 @@ class Scaling:
         return self.alpha_of(layer) * rank**0.5 if self.use_rslora else self.alpha_of(layer)
 
 
+def scaling_of(config: object) -> Scaling:
+    """That of a config of peft's.
+
+    Raises:
+        ValueError: it tells none.
+    """
+    try:
+        return TypeAdapter(Scaling).validate_python(config)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ValueError(": ".join([*(str(part) for part in wrong["loc"]), wrong["msg"]])) from None
+
+
 def scalings_of(stored: Mapping[str, str]) -> dict[str, Scaling]:
     """What a file's metadata tell of the scales of its parts; nothing of those that they do not tell of.
 
@@ -235,9 +248,11 @@ def scalings_of(stored: Mapping[str, str]) -> dict[str, Scaling]:
         ValueError: they cannot be read.
     """
     try:
-        said = TypeAdapter(dict[str, object]).validate_python(json.loads(stored.get(LORA_ADAPTER_METADATA_KEY, "{}")))
+        said = json.loads(stored.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        if not isinstance(said, dict):
+            raise ValueError("needs an object")
         parts = {part: _below(part, said) for part in (UNET, TEXT_ENCODER)}
-        return {part: TypeAdapter(Scaling).validate_python(own) for part, own in parts.items() if own}
+        return {part: scaling_of(own) for part, own in parts.items() if own}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its {LORA_ADAPTER_METADATA_KEY} cannot be read ({on_one_line(str(error))})") from None
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from helpers.config.families import STABLE_DIFFUSION
+from helpers.config.families import DEEPFLOYD_III, STABLE_DIFFUSION
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
 
@@ -14,9 +14,10 @@ _LIKE = {
     "1.4": "stable-diffusion-v1", "1.5": "stable-diffusion-v1",
     "2.0-base": "stable-diffusion-2-base", "2.1-base": "stable-diffusion-2-base",
     "2.0": "stable-diffusion-2", "2.1": "stable-diffusion-2",
+    "iii-x4": "stable-diffusion-x4-upscaler",
 }  # fmt: skip
 LIKE: Mapping[str, str] = MappingProxyType(
-    {hub_id: _LIKE[flavour] for flavour, hub_id in STABLE_DIFFUSION.flavours.items()}
+    {hub_id: _LIKE[flavour] for flavour, hub_id in (STABLE_DIFFUSION.flavours | DEEPFLOYD_III.flavours).items()}
     | {hub_id: _LIKE[flavour] for hub_id, flavour in STABLE_DIFFUSION.former_names.items()}
 )
 """Models of several names and one architecture."""

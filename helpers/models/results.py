@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -34,6 +34,7 @@ from helpers.models.lora_files import (
     bare_unet,
     config_of,
     content_of,
+    scaling_of,
     scalings_of,
 )
 from helpers.models.published import architecture
@@ -116,7 +117,8 @@ def read_adapter(path: Path | str) -> AdapterFile:
         where = ".".join(map(str, wrong["loc"]))
         raise AdapterError(f"{file}: its facts of itself are damaged ({where}: {wrong['msg']}).") from None
     if facts and facts.kind not in KINDS:
-        raise AdapterError(f"{printable(file)} is {facts.kind}, which stands beside a UNet: it is no adapter of one.")
+        words = f"says that it is {found(facts.kind)}: the adapters of a UNet are {', '.join(KINDS)}"
+        raise AdapterError(f"{printable(file)} {words}.")
     is_bitfit = facts is not None and facts.kind == "bitfit"
     try:
         content = None if is_bitfit else content_of(shapes)
@@ -222,7 +224,7 @@ def _beside(file: Path) -> dict[str, Scaling]:
     if file.name != PEFT_FILE or not config.is_file():
         return {}
     try:
-        return {UNET: TypeAdapter(Scaling).validate_python(load_json(config))}
+        return {UNET: scaling_of(load_json(config))}
     except (OSError, ValueError) as error:
         raise ValueError(f"{PEFT_CONFIG} beside it cannot be read ({error})") from None
 

@@ -27,4 +27,4 @@ class Spec:
     @property
     def in_channels(self) -> int:
         """Channels that the UNet's first convolution must take."""
-        return self.space.channels * self.conditioning.inputs
+        return self.space.channels + self.conditioning.channels

@@ -24,6 +24,7 @@ from transformers import (
 from helpers.captions.cleaning import clean
 from helpers.models.errors import load_whole, unfit
 from helpers.models.fingerprints import fingerprint_files
+from helpers.models.offloading import in_groups
 
 DTYPE = torch.bfloat16
 """What embeds are kept in, and what T5 computes in: it overflows in float16."""
@@ -62,9 +63,12 @@ class T5:
         """
         return _fingerprint(self, folder, variant)
 
-    def load(self, folder: Path, device: torch.device, variant: str | None = None) -> TextEncoder:
+    def load(
+        self, folder: Path, device: torch.device, variant: str | None = None, by_groups: bool = False
+    ) -> TextEncoder:
+        """The encoder; `by_groups`: on the device only a layer at a time, where it does not fit as a whole."""
         # dtype at load, not a cast after it: T5 keeps some of its weights in float32 on purpose.
-        return TextEncoder(T5EncoderModel, self.length, folder, device, variant, DTYPE, masks_padding=True)
+        return TextEncoder(T5EncoderModel, self.length, folder, device, variant, DTYPE, True, by_groups)
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,12 @@ class CLIP:
         """As `T5.fingerprint`."""
         return _fingerprint(self, folder, variant)
 
-    def load(self, folder: Path, device: torch.device, variant: str | None = None) -> TextEncoder:
+    def load(
+        self, folder: Path, device: torch.device, variant: str | None = None, by_groups: bool = False
+    ) -> TextEncoder:
+        """As `T5.load`."""
         # CLIP is small: in float32 its embeddings lose no more than bfloat16 rounds of them.
-        return TextEncoder(CLIPTextModel, self.length, folder, device, variant, torch.float32)
+        return TextEncoder(CLIPTextModel, self.length, folder, device, variant, torch.float32, by_groups=by_groups)
 
     def tokenizer(self, folder: Path) -> Tokenizer:
         """What reads captions for a text encoder in training."""
@@ -128,13 +135,15 @@ class TextEncoder:
         variant: str | None,
         dtype: torch.dtype,
         masks_padding: bool = False,
+        by_groups: bool = False,
     ) -> None:
         self.length = length
+        self.device = device
         self.masks_padding = masks_padding
         with _words_for_any_error(folder):
             self.tokenizer = Tokenizer(folder, length)
             model = _encoder(kind, folder, dtype, variant)
-        self.model = model.to(device).eval()
+        self.model = (in_groups(model, device) if by_groups else model.to(device)).eval()
 
     def length_of(self, text: str) -> int:
         """Tokens of `text`, before any are cut off."""
@@ -148,7 +157,7 @@ class TextEncoder:
         All positions count, the padded ones too: what the encoder puts there depends on the text, and the UNet attends
         to them.
         """
-        tokens = self.tokenizer(texts).to(self.model.device)
+        tokens = self.tokenizer(texts).to(self.device)
         mask = tokens.attention_mask if self.masks_padding else None
         return self.model(tokens.input_ids, attention_mask=mask).last_hidden_state.to("cpu", DTYPE)
 
@@ -174,6 +183,12 @@ class Tokenizer:
 def length_counter(tokenizer: Path) -> Callable[[str], int]:
     """From a prepared text to its tokens, before any are cut off, by the tokenizer in a folder."""
     return partial(_length, _tokenizer(tokenizer))
+
+
+def bare_text_encoder(folder: Path) -> CLIPTextModel:
+    """The text encoder of the pipeline in a folder by its shapes alone, to find places for an adapter's layers."""
+    with torch.device("meta"):
+        return CLIP().untrained(folder / "text_encoder" / "config.json")
 
 
 def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -121,7 +121,8 @@ def _copy_samples(job: Job, folder: Path, step: int, titles: Sequence[str]) -> l
         except (OSError, SyntaxError):  # damaged: Pillow raises either
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        save_png(picture, folder / f"{number}.png", {key: recipe[key] for key in PUBLIC if key in recipe})
+        told = [key for key in PUBLIC if key in recipe and not (of_dataset and key == "prompt")]  # a caption is private
+        save_png(picture, folder / f"{number}.png", {key: recipe[key] for key in told})
         samples.append(Sample(f"{SAMPLES}/{number}.png", None if of_dataset else recipe.get("prompt")))
     if samples and (validations / BEFORE_AND_AFTER).is_file():
         shutil.copy(validations / BEFORE_AND_AFTER, folder)

@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from helpers.config.options import LONGEST_HUB_NAME, ROWS, RunOptions
@@ -43,6 +43,14 @@ def require_account(report_to: str) -> None:
 
 HUB_LOGIN = "run `hf auth login` here once, with a token that may write, or `export HF_TOKEN=...`"
 LONGEST_REASON = 300
+PATIENCE = 100.0
+"""Seconds that the hub may be silent: it gives up itself after 60."""
+
+
+def hub_api() -> HfApi:
+    """The hub, as one asks it here: left to itself, huggingface_hub waits for ever for one that does not answer."""
+    get_session().timeout = PATIENCE
+    return HfApi()
 
 
 def require_repository(run: RunOptions) -> str | None:
@@ -56,7 +64,7 @@ def require_repository(run: RunOptions) -> str | None:
         return None
     label = ROWS["push_to_hub"].label
     try:
-        account = HfApi().whoami()
+        account = hub_api().whoami()
         repository = _repository(run, account)
         public = run.hub_private and is_public(repository)
     except ConfigError:
@@ -94,7 +102,7 @@ def hub_name(text: str) -> str:
 def is_public(repository: str) -> bool:
     """Whether a repository is there, for everybody to see."""
     try:
-        return HfApi().repo_info(repository).private is False
+        return hub_api().repo_info(repository).private is False
     except RepositoryNotFoundError:
         return False
 
@@ -108,9 +116,11 @@ def refusal(error: Exception) -> str:
         return "HF_HUB_OFFLINE keeps it from being asked"
     if status == 401:
         return "the Hugging Face hub does not know the token that is set here"
+    # Such as that the account has no room left, which is a 403 as well.
+    said = getattr(error, "server_message", None) if status else next(iter(str(error).splitlines()), "")
+    why = f": {said[:LONGEST_REASON]}" if said else ""
     if status == 403:
-        return "the account may not write there"
+        return on_one_line(f"the account may not write there (error 403{why})")
     if status is not None:
-        return f"the Hugging Face hub answers with error {status}"
-    lines = str(error).splitlines() or [""]
-    return on_one_line(f"the Hugging Face hub cannot be used ({type(error).__name__}: {lines[0][:LONGEST_REASON]})")
+        return on_one_line(f"the Hugging Face hub answers with error {status}{why}")
+    return on_one_line(f"the Hugging Face hub cannot be used ({type(error).__name__}{why})")

@@ -184,12 +184,13 @@ def _loss(denoiser: Denoiser, objective: EpsilonObjective, setup: Setup) -> Tens
     config, count = denoiser.unet.config, setup.batch_size
     width = config.encoder_hid_dim or config.cross_attention_dim
     x, x_t, noise = (torch.empty(count, setup.channels, setup.size.height, setup.size.width) for _ in range(3))
-    unet_input = x_t if config.in_channels == setup.channels else torch.cat([x_t, x], 1)
+    low_res = torch.empty(count, config.in_channels - setup.channels, setup.size.height, setup.size.width)
+    unet_input = torch.cat([x_t, low_res], 1) if low_res.shape[1] else x_t
     text = torch.empty(count, setup.tokens, width, dtype=denoiser.dtype)
     if denoiser.text_encoder is not None:
         text = torch.empty(count, setup.tokens, dtype=torch.int64)
     t = torch.empty(count, dtype=torch.int64)
-    labels = None if config.class_embed_type is None else torch.empty_like(t)
+    labels = torch.empty_like(t) if config.class_embed_type or config.num_class_embeds else None
     output = denoiser(unet_input, t, text, class_labels=labels, control=_control(denoiser, setup))
     return objective(output.float(), x, x_t, noise, t)
 

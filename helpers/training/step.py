@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ def training_loss(parts: Parts, denoiser: torch.nn.Module, batch: Batch, generat
     t = timesteps.draw(parts.timestep_weights, len(x), draws)
     # Everything around the denoiser is float32; it casts what it takes.
     x_t = add_noise(parts.schedule, x, noise, t)
-    unet_input, class_labels = parts.spec.conditioning(x_t, batch.images, parts.low_res_schedule, draws)
+    reduced = partial(parts.spec.space.reduced, batch.images)
+    unet_input, class_labels = parts.spec.conditioning(x_t, reduced, parts.low_res_schedule, draws)
     output = denoiser(unet_input, t, batch.prompt_embeds, class_labels=class_labels, control=batch.control)
     return StepLoss(parts.objective(output.float(), x, x_t, noise, t), t)

@@ -44,6 +44,13 @@ def _not_above(path: str) -> str:
     return path if path in (".", "~") else _below(path)
 
 
+def _words(text: str) -> str:
+    """What can be encoded. Raises ValueError for halves of UTF-16 pairs."""
+    text.encode()
+    return text
+
+
+Words = Annotated[str, AfterValidator(_words)]
 Name = Annotated[str, AfterValidator(_plain)]
 Inside = Annotated[str, AfterValidator(_below)]
 
@@ -71,7 +78,7 @@ class Shown(_Part):
     """
 
     name: Name
-    prompt: str
+    prompt: Words
     image: File | None = None
     control: File | None = None
 
@@ -103,7 +110,7 @@ class Recipe(_Part):
     step: Annotated[int, Field(ge=0)]
     picture: Name
     prompt: str
-    negative_prompt: str
+    negative_prompt: Words
     width: Annotated[int, Field(gt=0)]
     height: Annotated[int, Field(gt=0)]
     seed: int

@@ -79,9 +79,12 @@ class Sampling:
             components[low_res] = DDPMScheduler.from_pretrained(self.base / low_res)
         if spec.space.component:
             components[spec.space.component] = spec.space.load(self.base, run.accelerator.device, self.variant)
+        takes = inspect.signature(kind).parameters
+        if run.parts.low_res_schedule:
+            components["max_noise_level"] = run.parts.low_res_schedule.timesteps
         # The text is encoded already, and pictures of one's own training are not censored.
-        absent = {name: None for name in inspect.signature(kind).parameters if name not in components}
-        pipeline = kind(**absent | components)
+        absent = dict.fromkeys(takes)
+        pipeline = kind(**{name: value for name, value in {**absent, **components}.items() if name in takes})
         pipeline.set_progress_bar_config(leave=False, desc="  sampling")
         return pipeline
 
@@ -99,6 +102,9 @@ class Sampling:
             each: arguments of the pipeline of which each picture has its own.
             shared: those that all have in common.
         """
+        sized = {"width": size.width, "height": size.height}
+        if "width" not in inspect.signature(pipeline.__call__).parameters:  # an upscaler whose image gives the size
+            sized = {}
         pictures, negative, vae = [], self.embed(self.negative), pipeline.components.get("vae")
         for part in _batches(size, len(embeds)):
             # Cast before they are joined: float16's autocast joins no bfloat16, which cached ones are.
@@ -106,8 +112,7 @@ class Sampling:
             made = pipeline(
                 prompt_embeds=prompts,
                 negative_prompt_embeds=negative.to(prompts).expand_as(prompts),
-                width=size.width,
-                height=size.height,
+                **sized,
                 num_inference_steps=self.inference_steps,
                 guidance_scale=self.guidance,
                 generator=[torch.Generator().manual_seed(self.seed) for _ in prompts],

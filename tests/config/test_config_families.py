@@ -11,6 +11,7 @@ import pytest
 from helpers.config.families import (
     DEEPFLOYD_I,
     DEEPFLOYD_II,
+    DEEPFLOYD_III,
     MODEL_TYPES,
     STABLE_DIFFUSION,
     Contradiction,
@@ -37,7 +38,8 @@ def test_all_ways_to_say_it_give_one_config(flags):
 
 @pytest.mark.parametrize("model_type, flavour, hub_id", [
     ("deepfloyd-full", *flavour) for flavour in DEEPFLOYD_I.flavours.items()
-] + [("deepfloyd-stage2", *flavour) for flavour in DEEPFLOYD_II.flavours.items()])
+] + [("deepfloyd-stage2", *flavour) for flavour in DEEPFLOYD_II.flavours.items()]
+  + [("deepfloyd-stage3", *flavour) for flavour in DEEPFLOYD_III.flavours.items()])
 def test_a_flavour_and_its_hub_id_mean_the_same_through_both_doors(model_type, flavour, hub_id):
     by_flavour = resolve(model_type, None, flavour, None)
     assert by_flavour == resolve(model_type, None, None, hub_id)
@@ -50,6 +52,8 @@ def test_a_flavour_and_its_hub_id_mean_the_same_through_both_doors(model_type, f
     ("full", None, "deepfloyd-full"),
     ("lora", "ii-medium-450m", "deepfloyd-stage2-lora"),
     ("full", "ii-large-1.2b", "deepfloyd-stage2"),
+    ("lora", "iii-x4", "deepfloyd-stage3-lora"),
+    ("full", "iii-x4", "deepfloyd-stage3"),
 ])
 def test_family_kind_and_flavour_join_to_a_model_type(kind, flavour, model_type):
     assert resolve(kind, "deepfloyd", flavour, None).model_type == model_type
@@ -113,24 +117,17 @@ def test_another_hub_id_is_left_as_it_is():
     (("deepfloyd-stage2", None, "i-large-900m", None), "model_flavour",
      "which is DeepFloyd IF stage I: set model_type to deepfloyd-full"),
     (("lora", "deepfloyd", "ii-medium-400m", None), "model_flavour", "did you mean"),
+    (("deepfloyd-full", None, "iii-x4", None), "model_flavour",
+     "which is DeepFloyd IF stage III: set model_type to deepfloyd-stage3, or type one of i-large-900m"),
+    (("lora", None, None, "stabilityai/stable-diffusion-x4-upscaler"), "pretrained_model_name_or_path",
+     "which is DeepFloyd IF stage III: set model_type to deepfloyd-stage3-lora"),
+    (("deepfloyd-stage3", None, None, "DeepFloyd/IF-II-M-v1.0"), "pretrained_model_name_or_path",
+     "which is DeepFloyd IF stage II: set model_type to deepfloyd-stage2"),
 ])
 def test_contradictions_name_the_option(said, option, words):
     with pytest.raises(Contradiction) as caught:
         resolve(*said)
     assert caught.value.option == option and words in str(caught.value)
-
-
-@pytest.mark.parametrize("said, model", [
-    (("deepfloyd-stage3-lora", "deepfloyd", None, None), "DeepFloyd IF stage III"),
-    (("deepfloyd-full", None, "iii-x4", None), "DeepFloyd IF stage III"),
-])
-def test_a_model_that_is_not_trained_yet_is_called_so_and_none_is_guessed(said, model):
-    with pytest.raises(Contradiction) as caught:
-        resolve(*said)
-    words = str(caught.value)
-    assert f"{model}" in words and "this version does not train it yet; type one of" in words
-    existing = DEEPFLOYD_I.flavours if caught.value.option == "model_flavour" else MODEL_TYPES
-    assert all(name in words for name in existing) and "did you mean" not in words
 
 
 def test_an_unknown_type_lists_those_that_exist():

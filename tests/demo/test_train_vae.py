@@ -16,12 +16,45 @@ from examples.demo.make_sd import make
 from examples.demo.score import tally
 from examples.demo.train_vae import EVERYTHING, latents_of, pictures, psnr
 
-SD = Path(__file__).resolve().parents[2] / "examples" / "demo" / "sd"
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
 
 @pytest.fixture(scope="module")
 def trained() -> AutoencoderKL:
-    return AutoencoderKL.from_pretrained(SD / "vae").eval()
+    return AutoencoderKL.from_pretrained(DEMO / "sd" / "vae").eval()
+
+
+@pytest.fixture(scope="module")
+def of_stage3() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(DEMO / "stage3" / "vae").eval()
+
+
+@pytest.mark.parametrize("size, least", [((64, 64), 28), ((128, 128), 29.5), ((256, 256), 30)])
+def test_the_vae_of_stage_iii_reconstructs_pictures_that_it_never_saw(of_stage3, size, least):
+    assert psnr(of_stage3, pictures(8, size, np.random.default_rng(99))) >= least
+
+
+def test_latents_of_stage_iii_fit_the_one_scale_that_its_pipeline_knows(of_stage3):
+    latents = latents_of(of_stage3, pictures(48, (64, 64), np.random.default_rng(7))) * 0.08333
+    assert latents.std().item() == pytest.approx(1, abs=0.05) and latents.mean((0, 2, 3)).abs().max() < 0.2
+
+
+def test_pieces_are_parts_of_larger_pictures():
+    pieces = pictures(9, (64, 32), np.random.default_rng(1), piece_of=256)
+    assert pieces.shape == (9, 3, 32, 64)
+    spread = pieces.std((2, 3)).amax(1)
+    assert spread.min() < 0.05 and spread.max() > 0.3, "some show nothing but the ground, others an edge"
+
+
+def test_stretched_latents_decode_to_the_same_pictures(tmp_path):
+    vae = make(tmp_path).vae
+    images = pictures(4, (64, 64), np.random.default_rng(3))
+    before, picture = vae.encode(images).latent_dist, vae(images).sample
+    train_vae.stretch(vae, 12.0)
+    after = vae.encode(images).latent_dist
+    torch.testing.assert_close(after.mean, 12 * before.mean)
+    torch.testing.assert_close(after.std, 12 * before.std)
+    torch.testing.assert_close(vae(images).sample, picture, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("size, least", [((128, 128), 27), ((64, 64), 22), ((192, 128), 26), ((64, 128), 23)])
@@ -72,12 +105,11 @@ def test_centred_latents_decode_to_the_same_pictures(tmp_path):
 
 def test_training_improves_the_same_vae_by_the_same_amount_and_writes_its_scale(tmp_path, monkeypatch):
     images = pictures(8, (32, 32), np.random.default_rng(1))
-    monkeypatch.setattr(train_vae, "EDGE", 32)
-    monkeypatch.setattr(train_vae, "OTHER_EDGES", (32, 40))
+    monkeypatch.setattr(train_vae, "OTHER_EDGES", (1, 1.25))
     trained = []
     for name in "ab":
         before = make(tmp_path / name).vae
-        monkeypatch.setattr(sys, "argv", ["train_vae", str(tmp_path / name), "--steps=20"])
+        monkeypatch.setattr(sys, "argv", ["train_vae", str(tmp_path / name), "--steps=20", "--edge=32"])
         train_vae.main()
         trained.append(AutoencoderKL.from_pretrained(tmp_path / name / "vae"))
         assert str(tmp_path) not in (tmp_path / name / "vae" / "config.json").read_text("utf-8")

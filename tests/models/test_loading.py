@@ -8,13 +8,13 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
-from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II
+from helpers.config.families import DEEPFLOYD_I, DEEPFLOYD_II, DEEPFLOYD_III
 from helpers.models import loading
 from helpers.models.families import SPECS
 from helpers.models.loading import WeightsError
 from helpers.models.parts import LossSettings
 
-SPEC, SPEC_II = SPECS[DEEPFLOYD_I.key], SPECS[DEEPFLOYD_II.key]
+SPEC, SPEC_II, SPEC_III = (SPECS[family.key] for family in (DEEPFLOYD_I, DEEPFLOYD_II, DEEPFLOYD_III))
 
 
 @pytest.fixture
@@ -73,6 +73,24 @@ def test_a_stage_ii_that_would_not_see_its_noise_level_is_refused(model_ii, valu
     change(model_ii / "unet" / "config.json", **values)
     with pytest.raises(WeightsError, match=words):
         loading.check(DEEPFLOYD_II, SPEC_II, model_ii)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"num_class_embeds": None}, "num_class_embeds None instead of a number, by which a noise level is told"),
+        ({"class_embed_type": "timestep"}, "class_embed_type 'timestep' instead of None"),
+        ({"num_class_embeds": 300}, "has 350 noise levels, of which its UNet knows 300"),
+        ({"in_channels": 9}, "takes 9 channels instead of 7"),
+        ({"in_channels": 4, "num_class_embeds": None}, "they are Stable Diffusion 1.x/2.x: set MODEL_TYPE"),
+    ],
+)
+def test_a_stage_iii_that_would_not_see_its_noise_level_is_refused(tiny_stage3, tmp_path, values, words):
+    model = shutil.copytree(tiny_stage3, tmp_path / "model_iii")
+    loading.check(DEEPFLOYD_III, SPEC_III, model)
+    change(model / "unet" / "config.json", **values)
+    with pytest.raises(WeightsError, match=words):
+        loading.check(DEEPFLOYD_III, SPEC_III, model)
 
 
 def test_a_pipeline_of_the_other_stage_is_told_by_its_weights_not_by_its_missing_schedule(model):

@@ -260,6 +260,8 @@ def test_a_file_that_is_not_wholly_known_is_refused_and_never_loaded_in_part(une
     ("{", "cannot be read"), ("[]", "cannot be read"), ('{"unet.r": 1}', "lora_alpha"),
     ('{"unet.lora_alpha": 1, "unet.r": 7}', "says rank 7 of .*whose matrices have rank 1"),
     ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(x+x+)+y": 1}}', "no layer's name"),
+    ('{"unet.lora_alpha": Infinity}', "lora_alpha: Input should be a finite number[)].$"),
+    ('{"unet.lora_alpha": 1, "unet.alpha_pattern": {"to_q": NaN}}', "to_q: Input should be a finite number[)].$"),
     ("[" * 100_000, "cannot be read"),
 ])
 def test_metadata_that_cannot_be_read_are_refused(unet_in, tmp_path, said, words):
@@ -274,8 +276,14 @@ def test_damaged_facts_are_refused(unet_in, origin, tmp_path):
     with pytest.raises(AdapterError, match="facts of itself are damaged .rank: "):
         read_adapter(tmp_path)
     lora_of(tmp_path / LORA_FILE, unet_in(), stored=metadata(origin, kind="controlnet"))
-    with pytest.raises(AdapterError, match="controlnet, which stands beside a UNet"):
+    with pytest.raises(AdapterError, match="it is 'controlnet': the adapters of a UNet are lora, dora, bitfit"):
         read_adapter(tmp_path)
+
+
+def test_what_an_adapter_says_of_itself_is_shown_on_one_line(unet_in, origin, tmp_path):
+    facts = metadata(replace(origin, base_model="a\x1b[31m\nb"), kind="lora")
+    lora_of(tmp_path / LORA_FILE, unet_in(), stored=facts)
+    assert read_adapter(tmp_path).kind.endswith(r"trained on a\x1b[31m\nb")
 
 
 class Malice:

@@ -27,6 +27,8 @@ class Repository:
 class FakeHub:
     """Attributes:
         answers: what to answer instead, by the beginning of a path: a status.
+        words: what it says to these.
+        silent: the beginning of the paths that get no answer at all.
         asked: every path that was asked for.
     """
 
@@ -35,12 +37,14 @@ class FakeHub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     answers: dict[str, int] = field(default_factory=dict)
+    words: str = "no"
+    silent: str = "nothing"
     asked: list[str] = field(default_factory=list)
 
 
 @contextmanager
 def running() -> Iterator[FakeHub]:
-    hub = FakeHub()
+    hub, ended = FakeHub(), threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
@@ -60,10 +64,14 @@ def running() -> Iterator[FakeHub]:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0]
             hub.asked.append(path)
+            if path.startswith(hub.silent):
+                ended.wait()
+                self.close_connection = True
+                return
             status = next((status for start, status in hub.answers.items() if path.startswith(start)), None)
             known = self.headers.get("Authorization") == f"Bearer {TOKEN}" or path.startswith("/objects/")
             if status is not None or not known:
-                self.answer(status or 401, {"error": "no"})
+                self.answer(status or 401, {"error": hub.words})
             else:
                 self.answer(*respond(hub, self.command, path, body))
 
@@ -76,6 +84,7 @@ def running() -> Iterator[FakeHub]:
     try:
         yield hub
     finally:
+        ended.set()
         server.shutdown()
         server.server_close()
         thread.join()

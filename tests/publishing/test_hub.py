@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +14,12 @@ import huggingface_hub.constants
 import pytest
 
 from helpers.config.load import load
-from helpers.models.full import Full
-from helpers.models.lora import LORA_FILE, LoRA
+from helpers.models.bitfit import BIASES_FILE
+from helpers.models.kohya import KOHYA_FILE
+from helpers.models.lora import LORA_FILE
 from helpers.publishing.card import SAMPLES
 from helpers.publishing.hub import WAITING, Hub, Uploads
-from helpers.training import loop
+from helpers.training import accounts, loop
 from helpers.training.accounts import hub_name
 from tests.publishing.fake_hub import TOKEN, FakeHub, Repository, running
 
@@ -42,6 +45,8 @@ def test_a_finished_run_uploads_its_result_its_card_and_samples_privately_and_no
     trainer, hub, tmp_path, smaller_model, photos, capsys
 ):
     flags = {"pretrained_model_name_or_path": smaller_model, "checkpointing_steps": 1, "push_checkpoints_to_hub": True}
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / KOHYA_FILE).write_bytes(b"of an earlier training")
     assert trainer(**PUSH, **flags, checkpoints_total_limit=1) == 0
     output, [(name, repository)] = tmp_path / "output", hub.repositories.items()
     assert (name, repository.private) == ("me/my-subject", True)
@@ -66,6 +71,18 @@ def test_of_a_full_type_the_whole_pipeline_is_uploaded_and_to_everybody_if_that_
     assert (name, repository.private) == ("us/full", False)
     local = {path.relative_to(pipeline).as_posix(): path.read_bytes() for path in pipeline.rglob("*") if path.is_file()}
     assert repository.files == local and {"README.md", "model_index.json"} < local.keys()
+    private = private_words(tmp_path, smaller_model)
+    assert [(path, word) for path, content in local.items() for word in private if word in content] == []
+
+
+@pytest.mark.parametrize("base, flags, made", [
+    ("smaller_model", {"model_type": "deepfloyd-full", "use_bitfit": True, "lora_rank": None}, {BIASES_FILE}),
+    ("tiny_sd", {"model_type": "lora", "resolution": 64, "export": "kohya"}, {LORA_FILE, KOHYA_FILE}),
+], ids=["bitfit", "kohya"])  # fmt: skip
+def test_each_kind_uploads_what_it_made(trainer, hub, request, base, flags, made):
+    base = {"pretrained_model_name_or_path": request.getfixturevalue(base), "validation_prompt": None}
+    assert trainer(**PUSH | base | flags, max_train_steps=1) == 0
+    assert hub.repositories["me/my-subject"].files.keys() == made | {"README.md"}
 
 
 def test_pictures_that_were_made_of_the_dataset_stay_here(trainer, hub, tmp_path, tiny_stage2, photos):
@@ -113,11 +130,13 @@ def test_what_an_upload_lacks_is_told_before_the_training(
     assert set(tmp_path.rglob("*")) == before and not [path for path in hub.asked if "commit" in path]
 
 
-@pytest.mark.parametrize("place, status, words", [(COMMIT, 403, "may not write there"), (CREATE, 500, "error 500")])
+@pytest.mark.parametrize("place, status, words", [
+    (COMMIT, 403, "may not write there (error 403: no room left)"), (CREATE, 500, "error 500"),
+])  # fmt: skip
 def test_an_upload_that_fails_is_told_with_the_command_that_does_it_and_ends_no_run(
     trainer, hub, tmp_path, smaller_model, capfd, place, status, words
 ):
-    hub.answers[place] = status
+    hub.answers[place], hub.words = status, "no room left"
     flags = {"max_train_steps": 1, "validation_prompt": None, "pretrained_model_name_or_path": smaller_model}
     assert trainer(**PUSH | flags, checkpointing_steps=1, push_checkpoints_to_hub=True) == 0
     said = "".join(capfd.readouterr())
@@ -133,10 +152,10 @@ def test_without_a_connection_and_to_a_repository_that_went_public_nothing_is_up
 ):
     (tmp_path / "unet").mkdir()
     hub.repositories["me/x"] = Repository(private=False)
-    assert not Hub("me/x", private=True).upload_result(Full(), tmp_path, 1, samples=True)
+    assert not Hub("me/x", private=True).upload_result(tmp_path, ("*",), 1)
     assert "me/x is public by now" in "".join(capfd.readouterr()) and hub.repositories["me/x"].files == {}
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert not Hub("me/x", private=False).upload_result(LoRA(4, 4, 0.0, "attention"), tmp_path, 1, samples=True)
+    assert not Hub("me/x", private=False).upload_result(tmp_path, ("*",), 1)
     said = "".join(capfd.readouterr())
     assert "ConnectError" in said and "hf upload me/x" in said
 
@@ -166,8 +185,48 @@ def test_checkpoints_that_are_deleted_meanwhile_are_uploaded_all_the_same(hub, t
             (checkpoint / name).write_bytes(bytes([step]))
         uploads.add(checkpoint)
         shutil.rmtree(checkpoint)
-    uploads.finish()
-    assert hub.repositories["me/x"].files == {f"checkpoint-{step}/{LORA_FILE}": bytes([step]) for step in (1, 2, 3)}
+    (tmp_path / LORA_FILE).write_bytes(b"result")
+    assert uploads.finish(tmp_path, (LORA_FILE,), 3, stopped=lambda: False)
+    files = {f"checkpoint-{step}/{LORA_FILE}": bytes([step]) for step in (1, 2, 3)}
+    assert hub.repositories["me/x"].files == {**files, LORA_FILE: b"result"} and not (tmp_path / WAITING).exists()
+    assert hub.repositories["me/x"].commits[-1] == "FloydTuner: step 3", "the result comes last"
+
+
+def test_a_hub_that_is_silent_is_given_up_and_left_off_when_asked(
+    trainer, hub, tmp_path, smaller_model, monkeypatch, capfd
+):
+    flags = {"max_train_steps": 1, "validation_prompt": None, "pretrained_model_name_or_path": smaller_model}
+    monkeypatch.setattr(accounts, "PATIENCE", 0.2)
+    hub.silent = "/api/whoami"
+    assert trainer(**PUSH | flags) == 2
+    assert "PUSH_TO_HUB" in (said := capfd.readouterr().err) and "cannot be used (ReadTimeout" in said
+    hub.silent = CREATE
+    assert trainer(**PUSH | flags) == 0
+    assert "cannot be used (ReadTimeout" in (said := "".join(capfd.readouterr())) and "Nothing is lost" in said
+    monkeypatch.setattr(accounts, "PATIENCE", 100.0)
+    stopper = threading.Thread(target=_stop_at, args=(hub, CREATE, tmp_path / "output" / "stop"))
+    hub.asked.clear()
+    stopper.start()
+    assert trainer(**PUSH | flags, push_checkpoints_to_hub=True) == 0
+    stopper.join()
+    assert "me/my-subject is left off. Nothing is lost" in "".join(capfd.readouterr())
+    assert not (tmp_path / "output" / WAITING).exists() and hub.repositories == {}
+
+
+def _stop_at(hub: FakeHub, path: str, file: Path) -> None:
+    while path not in hub.asked:
+        time.sleep(0.05)
+    file.touch()
+
+
+def test_a_disk_without_room_for_what_waits_ends_no_run(hub, tmp_path, monkeypatch, capfd):
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / LORA_FILE).touch()
+    uploads = Uploads(Hub("me/x", private=True), tmp_path)
+    (tmp_path / WAITING).touch()
+    uploads.add(checkpoint)
+    assert "checkpoint-1 was not uploaded to me/x" in "".join(capfd.readouterr()) and hub.asked == []
 
 
 @pytest.mark.parametrize("text, name", [

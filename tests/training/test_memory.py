@@ -139,7 +139,10 @@ def counted_on_the_cpu(parts: Parts, setup: Setup) -> int:
     for parameter in trainable_parameters(unet):
         parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
     images = torch.randint(256, (2, height, width, 3), dtype=torch.uint8)
-    batch = Batch(images, torch.randn(2, 77, unet.config.encoder_hid_dim).bfloat16(), (None, None))
+    if parts.spec.space.component:
+        images = torch.rand(2, 11, height, width).half()
+    width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+    batch = Batch(images, torch.randn(2, 77, width).bfloat16(), (None, None))
     with ledger:
         with torch.autocast("cpu", torch.bfloat16) if setup.autocast else nullcontext():
             loss, _ = training_loss(parts, parts.denoiser, batch, torch.Generator())
@@ -173,6 +176,13 @@ def test_the_activations_are_those_of_real_tensors(tiny_model, monkeypatch, valu
 def test_those_of_stage_2_are_too(tiny_stage2, adapter, checkpointing):
     wanted = setup(tiny_stage2, adapter=adapter, checkpointing=checkpointing)
     real = counted_on_the_cpu(loading.load(SPECS["deepfloyd-ii"], tiny_stage2, wanted.weights), wanted)
+    assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_those_of_stage_3_are_too(tiny_stage3, checkpointing):
+    wanted = setup(tiny_stage3, channels=4, adapter=Full(), checkpointing=checkpointing)
+    real = counted_on_the_cpu(loading.load(SPECS["deepfloyd-iii"], tiny_stage3, wanted.weights), wanted)
     assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
 
 

@@ -71,6 +71,30 @@ def test_stage_ii_is_shown_the_image_itself_in_low_resolution_with_its_own_noise
     assert 10 <= tenths.min() and tenths.max() <= 60
 
 
+def test_stage_iii_is_shown_the_image_that_was_cached_beside_its_latents(tiny_stage3):
+    parts = loading.load(SPECS["deepfloyd-iii"], tiny_stage3, torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.cat([torch.randn(COUNT, 4, EDGE, EDGE, generator=generator), torch.zeros(COUNT, 4, EDGE, EDGE)], 1)
+    small = torch.randint(256, (COUNT, 3, EDGE, EDGE), generator=generator)
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(module: torch.nn.Module, arguments: tuple, named: dict) -> None:
+        seen.update(input=arguments[0], t=arguments[1], labels=named["class_labels"])
+
+    parts.unet.register_forward_pre_hook(record, with_kwargs=True)
+    text = torch.randn(COUNT, 77, 64, generator=generator).bfloat16()
+    with torch.no_grad():
+        batch = Batch(torch.cat([latents, small], 1).half(), text, ())
+        training_loss(parts, parts.denoiser, batch, generator)
+    eps = noise_in(seen["input"][:, :4], latents[:, :4].half().float(), parts.schedule, seen["t"])
+    own = noise_in(seen["input"][:, 4:], small / 127.5 - 1, parts.low_res_schedule, seen["labels"])
+    assert_standard_normal(eps)
+    assert_standard_normal(own)
+    assert abs(correlation(own, eps[:, :3])) < 0.01
+    assert abs(correlation(seen["labels"], seen["t"])) < 0.2
+    assert seen["labels"].dtype == torch.int64 and 300 < seen["labels"].max() < 350
+
+
 def test_stage_i_is_shown_the_noised_image_alone(tiny_model):
     parts, images, seen = shown("deepfloyd-i", tiny_model)
     assert seen["labels"] is None and seen["input"].shape == (COUNT, 3, EDGE, EDGE)

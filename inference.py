@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""Draw pictures: DeepFloyd IF's cascade I -> II -> III from one command, with adapters; `./inference.py --demo`.
+
+Exit codes: 0 when all pictures were written; 2 when the options, the weights, an adapter or a recipe cannot be used;
+4 when a disk or a quota is full, with the pictures before intact; 130 when Ctrl-C ended it.
+What cannot be foreseen ends with a traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+ENVIRONMENT = "FLOYDTUNER_ENVIRONMENT"
+"""Set where `in_environment` has chosen the Python, so that it is asked once."""
+
+BAD_INPUT = 2
+NO_ROOM = 4
+INTERRUPTED = 130
+
+
+def in_environment(arguments: list[str]) -> None:
+    """Go on in a Python that has what requirements.txt asks for, as train.sh does, if this one has it not.
+
+    An old Python must be able to read this.
+    """
+    if os.environ.get(ENVIRONMENT) == ROOT:
+        return
+    sys.path.insert(0, ROOT)
+    from helpers.config.requirements import main as look
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        is_complete = look([os.path.join(ROOT, "requirements.txt")]) == 0
+    if is_complete:
+        return
+    os.environ[ENVIRONMENT] = ROOT
+    # Help makes no environment, as that of train.sh does not.
+    find = "find_python" if {"--help", "-h"} & set(arguments) else "need_python"
+    script = 'cd "$1" && . helpers/environment.sh && %s || exit 2; shift; exec "$PYTHON" inference.py "$@"' % find
+    os.execvp("bash", ["bash", "-c", script, "bash", ROOT] + arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Check the options, then draw; returns the exit code."""
+    from helpers.config.inference import read_request
+    from helpers.config.problems import ConfigError
+    from helpers.files import DiskFull, telling_if_full
+
+    refusals = (ConfigError,)
+    try:
+        request = read_request(arguments)
+        # Only now, since these imports take seconds, which a mistyped option need not wait for.
+        from helpers.inference import command, recipe
+        from helpers.planning import quieten_libraries
+
+        quieten_libraries()
+        refusals = command.REFUSALS
+        with telling_if_full("a picture", request.options.output):
+            content = recipe.read(request.options.replay) if request.options.replay else None
+            if content is None or content.get("kind") != "validation":
+                return command.run(request, arguments, content)
+            from helpers import trainer
+
+            refusals = trainer.REFUSALS
+            path = trainer.replay(request.options.replay, content, command.output_of_replay(request))
+            print(command.shown(path))
+            return 0
+    except refusals as error:
+        print("\n%s" % error, file=sys.stderr)
+        return BAD_INPUT
+    except DiskFull as error:
+        print("\n%s.\nThe pictures that were written before are intact." % error, file=sys.stderr)
+        return NO_ROOM
+    except KeyboardInterrupt:
+        print("\nInterrupted: the pictures that were written stay.", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    in_environment(sys.argv[1:])
+    # Read by transformers and diffusers as they are imported: they greet with warnings about packages not needed here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # bitsandbytes, as peft imports it, would fetch and run 4-bit kernels from the hub where this package is installed.
+    sys.modules.setdefault("kernels", None)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from helpers import console
+
+    console.outlast()
+    sys.exit(main(sys.argv[1:]))
