@@ -46,6 +46,7 @@ def in_environment(arguments: list[str]) -> None:
 def main(arguments: list[str]) -> int:
     """Check the options, then draw; returns the exit code."""
     from helpers.config.inference import read_request
+    from helpers.config.paths import shown
     from helpers.config.problems import ConfigError
     from helpers.files import DiskFull, telling_if_full
 
@@ -62,11 +63,11 @@ def main(arguments: list[str]) -> int:
             content = recipe.read(request.options.replay) if request.options.replay else None
             if content is None or content.get("kind") != "validation":
                 return command.run(request, arguments, content)
-            from helpers import trainer
+            from helpers import replay
 
-            refusals = trainer.REFUSALS
-            path = trainer.replay(request.options.replay, content, command.output_of_replay(request))
-            print(command.shown(path))
+            refusals = replay.REFUSALS
+            path = replay.draw_again(request.options.replay, content, command.output_of_replay(request))
+            print(shown(path))
             return 0
     except refusals as error:
         print("\n%s" % error, file=sys.stderr)

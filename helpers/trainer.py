@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -19,23 +17,21 @@ from helpers.caching.embeds import NonFiniteEmbedding
 from helpers.caching.latents import NonFiniteLatent
 from helpers.caching.store import DamagedShard
 from helpers.config.backends import Backends, ImageBackend
-from helpers.config.load import Resolved, load_run
+from helpers.config.load import Resolved
 from helpers.config.options import ROWS
-from helpers.config.paths import from_root
-from helpers.config.problems import ConfigError, found
+from helpers.config.paths import shown
+from helpers.config.problems import ConfigError
 from helpers.data import preparation
 from helpers.data.collate import Batch, CachedMoments, CachedPixels, Collator
 from helpers.data.dataset import Dataset
 from helpers.data.preparation import NULL_CAPTION, TextCaches
 from helpers.data.sampler import Position
 from helpers.data.scan import DatasetError, write_left_out
-from helpers.files import printable, write_whole
-from helpers.models.full import Full
 from helpers.models.loading import WeightsError
-from helpers.pictures import pictures_again, validation_of
+from helpers.pictures import validation_of
 from helpers.planning import Job, Plan
 from helpers.processes import Processes
-from helpers.publishing.finish import finish, shown
+from helpers.publishing.finish import finish
 from helpers.publishing.hub import Hub, Uploads
 from helpers.training import assembly, checkpoints, loop, run_json
 from helpers.training.accounts import require_account, require_repository
@@ -43,14 +39,9 @@ from helpers.training.assembly import Ending
 from helpers.training.checkpoints import CheckpointError
 from helpers.training.loop import Every, Run, require_finite
 from helpers.training.requests import Requests, resume_command
-from helpers.validation import recipe as recipes
-from helpers.validation.recipe import IMAGES, NotReplayable, Recipe
-from helpers.validation.render import Sampling, Validation, as_it_samples
+from helpers.validation.render import Validation
 
-REFUSALS = (
-    ConfigError, DatasetError, WeightsError, CheckpointError, NonFiniteEmbedding, NonFiniteLatent, DamagedShard,
-    NotReplayable,
-)  # fmt: skip
+REFUSALS = (ConfigError, DatasetError, WeightsError, CheckpointError, NonFiniteEmbedding, NonFiniteLatent, DamagedShard)
 """What the user's input can be wrong in: each says in words what to change."""
 
 
@@ -79,115 +70,6 @@ def train(resolved: Resolved, backends: Backends, requests: Requests, processes:
         return _prepare_and_train(planning.plan(job), requests)
 
 
-def replay(image: Path, recipe: Mapping[str, Any], output: Path) -> Path:
-    """Make a validation picture again, by its training's own code and files: the same bytes on the same machine.
-
-    Nothing is trained, and nothing is written into the training's folder.
-
-    Args:
-        image: found in its training's folder, or anywhere: then the recipe says where that is.
-        recipe: of the picture, as `images.recipes.read_recipe` gives it. Anyone may have written it.
-        output: the file to write, a PNG.
-
-    Raises:
-        one of `REFUSALS`: what was made of it all is not there any more, or something else by now.
-    """
-    planning.quieten_libraries()
-    made = recipes.read(recipe)
-    folder = _training_of(image, made)
-    resolved, backends = load_run(
-        folder / run_json.RUN_JSON, {**made.options, "output_dir": str(folder), "report_to": "none"}
-    )
-    job = planning.job_of(resolved, backends, Processes())
-    if not job.config.shows_eval_images:
-        job = replace(job, prompts={shown.name: shown.prompt for shown in made.together})
-    weights = _weights_of(job, made)
-    planning.check_model(job)
-    model = planning.fetch(job)
-    job = planning.on_weights(job, model)
-    if (job.base, job.config.model.model_type) != (made.base_fingerprint, made.model_type):
-        model_type = job.config.model.model_type
-        trained = f"{printable(folder)} trained {job.adapter.origin.base_model} ({model_type})"
-        raise NotReplayable(f"{trained}, whose weights are others than those that the picture was made with.")
-    accelerator = assembly.create_accelerator(job.config)
-    captions = [
-        [shown.prompt for shown in made.together if shown.image and shown.image.dataset == backend.id]
-        for backend in backends.images
-    ]
-    prompts = [made.negative_prompt, *(shown.prompt for shown in made.together)]
-    prepared = preparation.prepare_captions(job.spec.text, prompts)
-    texts = _cache_texts(job, captions, prepared, model, accelerator.device)
-    run = assembly.create_run(job.config, job.spec, model, job.adapter, accelerator, max(1, made.step))
-    run.step = made.step
-    if weights:
-        _take_weights(run, job, weights)
-    pictures = pictures_again(job, run.parts.denoiser, texts, model, made)
-    for line in _made_otherwise(made, pictures.sampling):
-        print(line)
-    with tempfile.TemporaryDirectory() as scratch, as_it_samples(run):
-        pictures.render(run, Path(scratch))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, (Path(scratch) / f"{made.picture}.png").read_bytes())
-    return output
-
-
-def _training_of(image: Path, made: Recipe) -> Path:
-    """The output folder of the training that made a picture."""
-    place = image.absolute().parent
-    own = [place.parents[1]] if place.parts[-2:] == (IMAGES, f"step_{made.step}") else []
-    known = [folder for folder in (*own, from_root(made.output_dir)) if (folder / run_json.RUN_JSON).is_file()]
-    if not known:
-        words = f"There is no training in {found(made.output_dir)}, which made the picture: put the picture back into"
-        raise NotReplayable(f"{words} {IMAGES}/step_{made.step} of that training's OUTPUT_DIR, and name it there.")
-    return known[0]
-
-
-def _weights_of(job: Job, made: Recipe) -> Path | None:
-    """Where the weights are that a picture was made with; None for those that a training begins with."""
-    output, checkpoint = job.config.run.output_dir, job.config.run.output_dir / f"checkpoint-{made.step}"
-    if made.step == 0:
-        return None
-    damage = checkpoints.damage(checkpoint) if checkpoint.exists() else "not there"
-    if damage is None:
-        return checkpoint
-    if run_json.finished_step(output) == made.step:
-        return output / "pipeline" if isinstance(job.adapter, Full) else output
-    raise NotReplayable(
-        f"The picture was made with {checkpoint.name}, which in {printable(output)} is {damage}: to make such pictures"
-        " again, keep the checkpoints of their steps, by CHECKPOINTING_LIMIT=0 and a CHECKPOINTING_STEPS that"
-        " VALIDATION_STEPS is a multiple of."
-    )
-
-
-def _take_weights(run: Run, job: Job, weights: Path) -> None:
-    """Take those of a checkpoint, or of the result, in which averaged ones are in place of the trained ones."""
-    with checkpoints.refused_if_other(weights):
-        job.adapter.load_weights(run.parts.denoiser, weights)
-        if run.ema and weights.name == f"checkpoint-{run.step}":
-            run.restore_average(checkpoints.load_state(weights)["run"]["ema"])
-        elif run.ema:
-            run.ema.restart()
-
-
-def _made_otherwise(made: Recipe, sampling: Sampling) -> Iterator[str]:
-    """What to tell where other bits may come out, or, where the training had other options then, another picture."""
-    for what, there, here in (
-        ("precision", made.precision, sampling.origin["precision"]),
-        ("the scheduler's", made.scheduler_changes, dict(sampling.scheduler_changes)),
-    ):
-        if there != here:
-            words = f"The picture was made with {what} {found(there)}, and its training has {found(here)} now"
-            yield f"{words}: another one may come out."
-    for name, here in recipes.made_with().items():
-        there = made.versions.get(name)
-        if there != here:
-            yield f"The picture was made with {name} {found(there)}, and this is {here}: its last bits may be others."
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    if made.device != here:
-        words = f"The picture was made on the device {found(made.device)}, and this is {here}"
-        yield f"{words}: its last bits may be others."
-
-
 def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     job, processes = plan.job, plan.job.processes
     accelerator = assembly.create_accelerator(job.config)
@@ -201,7 +83,7 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     ending = job.ending(sampler)
     processes.first_does(lambda: _open_output(job))
     captions = [dataset.captions() for dataset in datasets]
-    texts = _cache_texts(job, captions, plan.prepared, model, accelerator.device)
+    texts = cache_texts(job, captions, plan.prepared, model, accelerator.device)
     run = assembly.create_run(job.config, job.spec, model, job.adapter, accelerator, ending.steps, processes)
     run.requests = requests
     if plan.checkpoint:
@@ -221,7 +103,7 @@ def _open_output(job: Job) -> None:
     checkpoints.sweep(output)
 
 
-def _cache_texts(
+def cache_texts(
     job: Job, captions: Sequence[Sequence[str]], prepared: Mapping[str, str], model: Path, device: torch.device
 ) -> TextCaches:
     """The embeddings of each dataset's captions and of the job's prompts; what is not cached yet is encoded."""

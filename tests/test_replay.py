@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from helpers import trainer as training
 from helpers.config.paths import ROOT
 from helpers.images.recipes import read_recipe
+from helpers.replay import draw_again
 from helpers.training import run_json
 from helpers.validation.recipe import NotReplayable
 
@@ -66,7 +66,7 @@ def again(image: Path, output: Path) -> bytes:
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    return training.replay(image, read_recipe(image), output).read_bytes()
+    return draw_again(image, read_recipe(image), output).read_bytes()
 
 
 def files_of(folder: Path) -> dict[Path, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from helpers.files import printable
+
 ROOT = Path(__file__).resolve().parents[2]
 """The project's root: the folder that train.sh and train_sd2x.py lie in."""
 
@@ -48,3 +50,9 @@ def portable(path: Path, whole: bool = False) -> str:
 def portable_model(name: str, whole: bool = False) -> str:
     """The same of a model's name, which is a hub id where it is no absolute path."""
     return portable(Path(name), whole) if Path(name).is_absolute() else name
+
+
+def shown(path: Path) -> str:
+    """A path as it can be pasted into a shell here, and behind any flag: from the project's root if that is here."""
+    is_near = Path.cwd() == ROOT and path.is_relative_to(ROOT)
+    return printable(path.relative_to(ROOT) if is_near else path)

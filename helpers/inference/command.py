@@ -11,6 +11,7 @@ from helpers.caching.embeds import NonFiniteEmbedding
 from helpers.caching.store import DamagedShard
 from helpers.config.inference import Request, is_file, read_request
 from helpers.config.inference_options import InferenceOptions
+from helpers.config.paths import shown
 from helpers.config.problems import ConfigError
 from helpers.files import existing_parent, printable
 from helpers.inference import recipe as recipes
@@ -89,11 +90,3 @@ def output_of_replay(request: Request) -> Path:
     if is_file(options.output):
         return options.output
     return free_file(options.output, options.replay.stem)
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be typed from here."""
-    try:
-        return printable(path.relative_to(Path.cwd()))
-    except ValueError:
-        return printable(path)

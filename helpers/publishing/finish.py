@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from helpers.config.paths import shown
 from helpers.data.dataset import Dataset
 from helpers.files import write_whole
 from helpers.models import kohya
@@ -89,11 +90,3 @@ def _uploaded(run: Run, job: Job, uploads: Uploads, made: Sequence[str]) -> bool
 
 def _for_whom(job: Job) -> str:
     return ", for your account alone" if job.config.run.hub_private else ", for everybody to see"
-
-
-def shown(path: Path) -> str:
-    """A path as short as it can be typed from here."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
