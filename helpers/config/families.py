@@ -75,7 +75,6 @@ class Family:
         fits = isinstance(edge, int) and self.alignment <= edge <= self.resolution * self.largest_factor
         return edge if fits and edge % self.alignment == 0 else self.resolution
 
-
     def edge_of(self, name: str) -> int | None:
         """The edge in pixels that the UNet in a local folder was made for; None where no folder tells it."""
         try:
