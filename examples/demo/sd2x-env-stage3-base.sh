@@ -1,4 +1,4 @@
-# How the demo's own stage III was trained: ./examples/demo/make_stage3.sh makes its data and its VAE, and runs this twice.
+# How the demo's own stage III was trained: ./examples/demo/make_stage3.sh makes its data and its VAE, and runs this three times.
 # It learns on pictures of 64 px and on pieces of up to 128 px of larger ones; so it can make 1024 px from 256 px, too.
 export MODEL_TYPE="deepfloyd-stage3"
 export MODEL_NAME="examples/demo/work/untrained-stage3"
