@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -65,3 +66,16 @@ def test_a_picture_of_a_training_s_validation_is_made_again(trainer, tmp_path, c
     assert "--dry_run" in said and "--steps" in said and not single.parent.exists()
     assert inference.main([f"--replay={picture}", f"--output={single}"]) == 0
     assert single.read_bytes() == picture.read_bytes()
+
+
+def test_ctrl_c_ends_it_in_a_sentence(tmp_path):
+    command = [sys.executable, "inference.py", "--demo", f"--output={tmp_path}", f"--cache_dir={tmp_path / 'cache'}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as process:
+        said = b""
+        while b"stage1:" not in said:
+            said += process.stdout.read(4096)
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        said += process.stdout.read()
+    assert process.returncode == 130 and said.rstrip().endswith(b"Interrupted: the pictures that were written stay.")
+    assert b"Traceback" not in said
