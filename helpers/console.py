@@ -13,12 +13,17 @@ class _Lasting(io.FileIO):
     A terminal is closed, `| tee` ends by the same Ctrl-C, a log's disk is full: none of it is a reason to lose a step.
     """
 
-    def write(self, content: object) -> int:
-        try:
-            written = super().write(content)
-        except OSError:
-            written = None
-        return memoryview(content).nbytes if written is None else written  # None: a full pipe that does not wait
+    def write(self, content: bytes) -> int:
+        rest = memoryview(content)
+        while rest:
+            try:
+                written = super().write(rest)
+            except OSError:
+                break
+            if written is None:  # a full pipe that does not wait
+                break
+            rest = rest[written:]
+        return len(content)
 
 
 def outlast() -> None:
@@ -37,7 +42,7 @@ def outlast() -> None:
         if before:
             before.flush()
         raw = _Lasting(number, "w", closefd=False)
-        # Line by line, into a pipe or a log too: so they are read at once, and both streams in their order.
-        stream = io.TextIOWrapper(io.BufferedWriter(raw), before.encoding if before else "utf-8", "backslashreplace",
-                                  line_buffering=True, write_through=bool(before and before.write_through))
+        # Whole lines, into a pipe or a log too: so they are read at once, and both streams in their order. With no
+        # buffer of bytes below, which would say a line again where Ctrl-C falls into its writing.
+        stream = io.TextIOWrapper(raw, before.encoding if before else "utf-8", "backslashreplace", line_buffering=True)
         setattr(sys, name, stream)

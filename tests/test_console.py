@@ -83,3 +83,24 @@ def test_what_is_said_on_both_streams_comes_in_its_order():
     command = [sys.executable, "-c", words]
     merged = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
     assert merged.stdout == b"1\n2\n3\n"
+
+
+def test_a_line_that_ctrl_c_falls_into_is_said_once():
+    """Python calls the handler of a signal between two instructions: here, right after the bytes were written."""
+    interrupted = """
+import sys
+from helpers import console
+console.outlast()
+def interrupt(frame, event, what):
+    if event == "c_return" and what.__name__ == "write" and frame.f_code.co_filename == console.__file__:
+        sys.setprofile(None)
+        raise KeyboardInterrupt
+sys.setprofile(interrupt)
+try:
+    print("a line")
+except KeyboardInterrupt:
+    print("and the end", file=sys.stderr)
+"""
+    command = [sys.executable, "-c", interrupted]
+    made = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert made.stdout == b"a line\nand the end\n"
