@@ -57,7 +57,7 @@ class Request:
     said: frozenset[str]
 
     def chain(self, bases: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-        """The models by the options that name them, in order: hub ids, or absolute paths of folders.
+        """The models by the options that name them, in order: hub ids, or absolute paths of folders or files.
 
         Args:
             bases: of options that were not typed, the models that their adapters were trained on.
@@ -76,11 +76,12 @@ class Request:
     def _named(self, bases: Mapping[str, str], problems: list[str]) -> dict[str, str]:
         named: dict[str, str] = {}
         for stage in STAGES:
-            typed = getattr(self.options, stage) or bases.get(stage) or self._default(stage, named)
+            said, base = getattr(self.options, stage), bases.get(stage)
             try:
-                model = model_name(stage, typed)
+                model = model_name(stage, said or base or self._default(stage, named))
             except ValueError as error:
-                problems.append(f"{INFERENCE_ROWS[stage].label}: {error}")
+                why = f"--{stage}_lora was trained on it, but " if base and not said else ""
+                problems.append(f"{INFERENCE_ROWS[stage].label}: {why}{error}")
             else:
                 named |= {stage: model} if model else {}
         return named
@@ -117,11 +118,13 @@ def known_family(name: str) -> Family | None:
 def in_latents(name: str) -> bool:
     """Whether a model has a VAE between it and its pictures, as far as that can be told without a download."""
     family = known_family(name)
+    if name.lower().endswith(SINGLE_FILE) and Path(name).is_file():
+        return True
     return family.pixels_per_latent is not None if family else (Path(name) / "vae").is_dir()
 
 
 def model_name(stage: str, typed: str) -> str | None:
-    """The hub id or the absolute path of the folder that was meant; None for "none".
+    """The hub id or the absolute path of the folder or file that was meant; None for "none".
 
     Raises:
         ValueError: in words.
@@ -139,10 +142,7 @@ def model_name(stage: str, typed: str) -> str | None:
             raise ValueError(f"found {typed!r}, which is {family.name}: {instead}")
         return flavours[typed][1] if typed in flavours else typed
     if typed.lower().endswith((*PICKLED, SINGLE_FILE)) and not Path(from_root(typed)).is_dir():
-        raise ValueError(
-            f"found {typed!r}, a single file, where a folder in the diffusers layout is needed: train.sh makes one of a"
-            " .safetensors file below its cache"
-        )
+        return _single_file(stage, typed)
     name = local_or_hub(typed)
     folder = Path(name)
     if folder.is_absolute():
@@ -151,6 +151,17 @@ def model_name(stage: str, typed: str) -> str | None:
         raise ValueError(f"found {typed!r}, which is no folder here, needs {_or(own)}, a hub id, a local folder or none"
                          + did_you_mean(typed, [*own, NONE]))
     return name
+
+
+def _single_file(stage: str, typed: str) -> str:
+    path = from_root(typed)
+    if not typed.lower().endswith(SINGLE_FILE):
+        raise ValueError(f"found {typed!r}, a pickled file, which is not opened: type the same model's {SINGLE_FILE}")
+    if not any(family.single_file and fits(family, stage) for family in FAMILIES):
+        raise ValueError(f"found {typed!r}, a single file: type the path of a folder in the diffusers layout")
+    if not path.is_file():
+        raise ValueError(f"there is no file {printable(path)} (relative paths count from {printable(ROOT)})")
+    return str(path)
 
 
 def _or(names: Sequence[str]) -> str:
@@ -286,6 +297,10 @@ def _chain_problems(options: InferenceOptions, said: frozenset[str], named: Mapp
             yield f"--{name}: found {len(values)} values for {len(stages)} stages: type one for all, or one for each"
     if "noise_level" in said and not upscaling:
         yield "--noise_level: found a level, but nothing is upscaled: remove it"
+    if not named.get(STAGES[0], "").lower().endswith(SINGLE_FILE):
+        for name in ("single_file_config", "prediction_type"):
+            if getattr(options, name) is not None:
+                yield f"--{name}: found it, but --{STAGES[0]} is no single {SINGLE_FILE} file: remove it"
     if options.steps and options.scheduler not in (None, "ddpm"):
         for step in (step for step in options.steps if isinstance(step, str)):
             yield f"--steps: found {step!r}, which is for ddpm, beside --scheduler {options.scheduler}: type 25"

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from helpers.config.options import (
     FolderName,
+    FolderOrHub,
     FromRoot,
     Group,
     ModelName,
@@ -146,8 +147,14 @@ class InferenceOptions(Group):
     image: FromRoot | None = option(
         help="An image, or a folder of images, to upscale in place of stage I's; --prompt says what it shows.")
     stage1: ModelName | None = option(
-        help="Stage I: a flavour, a hub id, a local folder, a training's output folder, or none. Stable Diffusion too.",
+        help="Stage I: a flavour, a hub id, a local folder, a training's output folder, or none. Stable Diffusion too, also as a"
+             " single .safetensors file.",
         default_words="the base of --stage1_lora, or i-medium-400m")
+    single_file_config: FolderOrHub | None = option(
+        help="The pipeline whose small files fit, where --stage1 is a single .safetensors file.",
+        default_words="the published one of its version")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = option(
+        help="What a single file predicts.", default_words="as --stage1_lora or the file says")
     stage2: ModelName | None = option(
         help="Stage II, in the same words.", default_words="the base of --stage2_lora, or ii-medium-450m")
     upscaler: ModelName | None = option(

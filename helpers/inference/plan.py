@@ -21,15 +21,17 @@ from helpers.inference.recipe import Recipe
 from helpers.inference.sizes import Extent, Impossible, stage_sizes, upscaled_sizes
 from helpers.inference.stages import Adapted, Stage, noise_level_problem
 from helpers.inference.texts import readers
-from helpers.models import bases
+from helpers.models import bases, single_file
 from helpers.models.bases import Base
 from helpers.models.errors import OPTION, WeightsError
 from helpers.models.fingerprints import fingerprint_file, fingerprint_unet
 from helpers.models.results import AdapterError, read_adapter, require_fits
+from helpers.models.single_file import CONFIG_OPTION, is_single_file
 from helpers.sizes import Size, parse_sizes
 from helpers.validation.prompts import named_prompts, safe_name
 
 DTYPES: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+CONFIG_FLAG = "--single_file_config"
 CAPTIONS = 8
 """Captions encoded at a time, at the most."""
 
@@ -99,6 +101,7 @@ def told_as(option: str) -> Iterator[None]:
         yield
     except WeightsError as error:
         words = str(error).replace(OPTION, f"--{option}").replace("export MODEL_NAME=", f"--{option} ")
+        words = words.replace(CONFIG_OPTION, CONFIG_FLAG).replace("export MODEL_CONFIG=", f"{CONFIG_FLAG} ")
         words = words.replace(ROWS["revision"].label, "--revision").replace("MODEL_VARIANT (--variant)", "--variant")
         raise WeightsError(words) from error
     except AdapterError as error:
@@ -116,13 +119,12 @@ def plan(request: Request, again: Recipe | None = None) -> Plan:
         ConfigError, WeightsError, AdapterError: something of it cannot be used.
     """
     options = request.options
-    download = not options.dry_run
     adapters = {option: _adapters(request, option) for option in STAGES}
     named = request.chain({option: base for option in STAGES if (base := _base_of(adapters[option]))})
     found_bases = {}
     for option, name in named.items():
         with told_as(option):
-            found_bases[option] = bases.find(name, download)
+            found_bases[option] = _find(name, request, adapters[option])
             _require_place(option, found_bases[option])
     device = _device(options.device)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -131,7 +133,8 @@ def plan(request: Request, again: Recipe | None = None) -> Plan:
     usual = torch.bfloat16 if kind == "cuda" else torch.float32
     dtype = DTYPES.get(options.dtype, usual)
     budget = budget_of(options.vram, kind, free)
-    notes = list(_fitting(request, found_bases, adapters))
+    notes = [note for base in found_bases.values() for note in base.notes]
+    notes += _fitting(request, found_bases, adapters)
     pictures, start_sizes = _recipes_pictures(again, request) if again else _pictures(request)
     groups = []
     for start in dict.fromkeys(start_sizes):
@@ -159,6 +162,16 @@ def _adapters(request: Request, option: str) -> tuple[Adapted, ...]:
                 raise AdapterError(f"{printable(file.path)} is a BitFit, whose biases have no scale: leave it out.")
             found_adapters.append(Adapted(file, scale))
     return tuple(found_adapters)
+
+
+def _find(name: str, request: Request, adapters: Sequence[Adapted]) -> Base:
+    options = request.options
+    if not is_single_file(name):
+        return bases.find(name, download=not options.dry_run)
+    told = (one.file.facts.prediction_type for one in adapters if one.file.facts)
+    predicted = options.prediction_type or next(told, None)
+    conversion = single_file.plan(Path(name), options.cache_dir, options.single_file_config, predicted)
+    return bases.find_single_file(conversion, make=not options.dry_run)
 
 
 def _base_of(adapters: Sequence[Adapted]) -> str | None:

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "peft")
 DIGITS = 16
 """How many of a fingerprint are kept, in hex."""
 
-SAID = ("variant", "scheduler", "negative_prompt", "any_base", "safety_checker", "watermark")
+SAID = ("variant", "prediction_type", "scheduler", "negative_prompt", "any_base", "safety_checker", "watermark")
 """Options that a recipe says as they were."""
 
 Text = Annotated[str, Field(max_length=LONGEST_TEXT)]
@@ -139,7 +139,7 @@ def parse(content: Mapping[str, Any], image: Path) -> Recipe:
         where = ".".join(map(str, wrong["loc"]))
         words = on_one_line(f"{where}: {wrong['msg']}")[:300]
         raise NotReplayable(f"--replay: the recipe of {printable(image)} is damaged ({words}).") from None
-    allowed = {*SAID, "steps", "guidance", "noise_level", *STAGES, *(f"{stage}_lora" for stage in STAGES)}
+    allowed = {*SAID, "single_file_config", "steps", "guidance", "noise_level", *STAGES, *(f"{stage}_lora" for stage in STAGES)}
     strange = sorted(set(recipe.options) - allowed)
     if strange or recipe.index >= len(recipe.pictures):
         raise NotReplayable(f"--replay: the recipe of {printable(image)} is damaged ({', '.join(strange) or 'index'}).")
@@ -149,6 +149,8 @@ def parse(content: Mapping[str, Any], image: Path) -> Recipe:
 def options_of(options: Any, stages: list[Stage]) -> dict[str, Any]:
     """What the options come to for these stages, each said in full."""
     said = {name: plain(getattr(options, name)) for name in SAID}
+    if options.single_file_config:
+        said["single_file_config"] = portable_model(options.single_file_config, whole=True)
     for stage in stages:
         said[stage.option] = portable_model(stage.base.name, whole=True)
         if stage.adapters:

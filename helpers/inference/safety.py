@@ -100,7 +100,7 @@ def fetch_switched_on(base: Base, safety_checker: bool, watermark: bool) -> None
 
 
 def _fetched(base: Base, *components: str, option: str) -> Path:
-    folder = loading.fetch_components(base.name, components)
+    folder = loading.fetch_components(base.source, components)
     for name in components:
         if not (folder / name).is_dir():
             words = f"{base.name} has no {name}: leave the switch out, or name weights that have it"

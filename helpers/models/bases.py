@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from diffusers import UNet2DConditionModel
 
 from helpers.config.families import FAMILIES, Family
 from helpers.config.jsonfile import load_json
-from helpers.models import loading
+from helpers.models import loading, single_file
 from helpers.models.errors import OPTION, WeightsError, load_whole, unfit
 from helpers.models.families import SPECS
 from helpers.models.published import ARCHITECTURES, architecture, text_encoder_of
+from helpers.models.single_file import Conversion
 from helpers.models.spec import Spec
 from helpers.models.text import T5
 
@@ -30,9 +31,11 @@ class Base:
     """A model to sample with.
 
     Attributes:
-        name: a hub id, or the path of a folder.
+        name: a hub id, or the path of a folder or of a single file.
         configs: the folder with its small files; None where it is not at hand, and nothing may be downloaded.
         architecture: the UNet's `config.json`; None where that is not known either.
+        source: the hub id, or the folder, that its weights are read from.
+        notes: what the user should be told.
     """
 
     name: str
@@ -40,6 +43,8 @@ class Base:
     spec: Spec
     configs: Path | None
     architecture: Path | None
+    source: str
+    notes: tuple[str, ...] = ()
 
     @property
     def unet(self) -> Mapping[str, Any]:
@@ -98,7 +103,27 @@ def find(name: str, download: bool) -> Base:
     spec = SPECS[family.key]
     without = [] if any((folder / part).exists() for part in TEXT) else TEXT
     loading.check(family, spec, folder, without=without)
-    return Base(name, family, spec, folder, folder / "unet" / "config.json")
+    return Base(name, family, spec, folder, folder / "unet" / "config.json", name)
+
+
+def find_single_file(conversion: Conversion, make: bool) -> Base:
+    """The model in a single file, of which a folder is made first, once.
+
+    Args:
+        make: make the folder where it is not there yet; else it is told by the configurations that it will have.
+
+    Raises:
+        WeightsError: the folder cannot be made.
+        DiskFull: it has no room.
+    """
+    notes = tuple(conversion.told())
+    if make:
+        single_file.make(conversion)
+    if conversion.is_made:
+        base = find(str(conversion.folder), download=False)
+    else:  # the weights beside those configurations, where there are any, are others
+        base = replace(find(conversion.configs, download=False), configs=None)
+    return replace(base, name=str(conversion.file.path), notes=notes)
 
 
 def _known(name: str) -> Base:
@@ -108,7 +133,7 @@ def _known(name: str) -> Base:
     family = next(named, None) or (loading.family_of(at_hand.parent.parent) if at_hand else None)
     if family is None:
         raise WeightsError(f"{OPTION}: {name} is on the hub, and nothing is known of it here without a download.")
-    return Base(name, family, SPECS[family.key], None, at_hand or architecture(name))
+    return Base(name, family, SPECS[family.key], None, at_hand or architecture(name), name)
 
 
 def fetch(base: Base, variant: str | None, only: Collection[str]) -> Path:
@@ -117,16 +142,16 @@ def fetch(base: Base, variant: str | None, only: Collection[str]) -> Path:
     Raises:
         WeightsError: they cannot be had, or are not whole.
     """
-    folder = loading.fetch_weights(base.name, None, variant, base.spec, only)
+    folder = loading.fetch_weights(base.source, None, variant, base.spec, only)
     loading.check_weight_files(folder, variant, base.spec, only)
     return folder
 
 
 def variant_of(base: Base, variant: str | None) -> str | None:
     """The variant to take of a model's weights: of a local folder only one that it has."""
-    if variant is None or not Path(base.name).is_dir():
+    if variant is None or not Path(base.source).is_dir():
         return variant
-    return variant if any(Path(base.name).glob(f"unet/*.{variant}.safetensors")) else None
+    return variant if any(Path(base.source).glob(f"unet/*.{variant}.safetensors")) else None
 
 
 def load_unet(folder: Path, dtype: torch.dtype, variant: str | None) -> UNet2DConditionModel:

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+import inference
 from helpers.models import single_file
 from helpers.models.facts import origin_of, read_adapter_facts
 from helpers.models.families import SPECS
@@ -514,3 +516,24 @@ def test_a_run_trains_a_file_as_it_trains_the_folder(trainer, base, state, write
     assert read_adapter_facts(outputs[0] / LORA_FILE).base_model == path.name
     assert trainer(pretrained_model_name_or_path=path, single_file_config=configs, output_dir=outputs[0], **flags) == 0
     assert "checkpoint-2 is the last" in capfd.readouterr().out
+    flags = [f"--stage1_lora={outputs[0]}", f"--single_file_config={configs}", "--prompt=a cat", "--dry_run"]
+    assert inference.main(flags) == 0, "the adapter names the file"
+    path.unlink()
+    assert inference.main(flags) == 2
+    assert "--stage1_lora was trained on it, but there is no file" in capfd.readouterr().err
+
+
+def test_inference_draws_with_a_file_as_with_the_folder(base, state, write, configs, tmp_path, capsys):
+    file = write(state)
+    flags = ["--prompt=a cat", "--steps=2", "--size=64", f"--cache_dir={tmp_path / 'cache'}", "--prediction_type=epsilon",
+             f"--single_file_config={configs}"]  # fmt: skip
+    assert inference.main([f"--stage1={file}", *flags, "--dry_run"]) == 0
+    assert not (tmp_path / "cache" / single_file.FOLDER).exists(), "a dry run converts nothing"
+    assert inference.main([f"--stage1={file}", *flags, f"--output={tmp_path / 'file'}"]) == 0
+    assert "a folder in diffusers' layout is made of it once" in capsys.readouterr().out
+    assert inference.main([f"--stage1={base}", *flags[:-2], f"--output={tmp_path / 'folder'}"]) == 0
+    [of_file], [of_folder] = ((tmp_path / name).iterdir() for name in ("file", "folder"))
+    assert Image.open(of_file).tobytes() == Image.open(of_folder).tobytes()
+    assert inference.main([f"--replay={of_file}", *flags[3:4], f"--output={tmp_path / 'again'}"]) == 0
+    [again] = (tmp_path / "again").iterdir()
+    assert again.read_bytes() == of_file.read_bytes()
