@@ -17,6 +17,14 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 ENVIRONMENT = "FLOYDTUNER_ENVIRONMENT"
 """Set where `in_environment` has chosen the Python, so that it is asked once."""
 
+CHOOSING = """
+root=$1 && shift
+cd "$root" && . helpers/environment.sh && %s && PYTHON=$(command -v "$PYTHON") || exit 2
+case $PYTHON in /*) ;; *) PYTHON=$root/$PYTHON ;; esac
+cd "$OLDPWD" && exec "$PYTHON" "$root/inference.py" "$@"
+"""
+"""Choose a Python as train.sh does, from the project's root, and go on with it where the user is."""
+
 BAD_INPUT = 2
 NO_ROOM = 4
 INTERRUPTED = 130
@@ -39,8 +47,7 @@ def in_environment(arguments: list[str]) -> None:
     os.environ[ENVIRONMENT] = ROOT
     # Help makes no environment, as that of train.sh does not.
     find = "find_python" if {"--help", "-h"} & set(arguments) else "need_python"
-    script = 'cd "$1" && . helpers/environment.sh && %s || exit 2; shift; exec "$PYTHON" inference.py "$@"' % find
-    os.execvp("bash", ["bash", "-c", script, "bash", ROOT] + arguments)
+    os.execvp("bash", ["bash", "-c", CHOOSING % find, "bash", ROOT] + arguments)
 
 
 def main(arguments: list[str]) -> int:

@@ -35,6 +35,18 @@ def test_it_goes_on_in_a_python_that_has_what_is_required():
     assert told.returncode == 2 and "did you mean --prompt?" in told.stderr, told.stderr
 
 
+def test_that_python_is_started_where_the_user_is(tmp_path):
+    """Paths that are printed as seen from the project's root would lead nowhere there."""
+    import inference
+
+    shows = tmp_path / "shows"
+    shows.write_text('#!/bin/sh\necho "$PWD" "$@"\n')
+    shows.chmod(0o755)
+    command = ["bash", "-c", inference.CHOOSING % f"PYTHON={shows}", "bash", str(ROOT), "--prompt", "a b"]
+    told = subprocess.run(command, capture_output=True, text=True, cwd="/usr")
+    assert told.stdout == f"/usr {ROOT / 'inference.py'} --prompt a b\n", told.stderr
+
+
 def test_help_names_every_option():
     told = run("--help")
     assert told.returncode == 0 and "--upscaler_lora_scale" in told.stdout and "--replay" in told.stdout

@@ -398,7 +398,12 @@ def _placed(place: Place, what: str) -> str:
     """How a component works, in words; nothing of one that is not known yet."""
     if not place.bytes:
         return " as much as turns out to fit"
-    how = [f"{place.batch} {what if place.batch > 1 else what[:-1]} at a time", f"about {place.bytes / GB:.1f} GB"]
+    how = [f"{place.batch} {what if place.batch > 1 else what[:-1]} at a time", f"about {_shown(place.bytes)}"]
     how += ["its layers come to the GPU one by one"] if place.by_groups else []
     how += ["in tiles"] if place.tiled else []
     return " " + ", ".join(how)
+
+
+def _shown(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / GB:.1f} GB" if count >= GB / 10 else f"{count / 1e6:.0f} MB"

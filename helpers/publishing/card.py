@@ -312,11 +312,12 @@ def _dataset(dataset: Dataset) -> str:
     extent = f"{sizes[0]}" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
     targets = sorted({plan.target for plans in dataset.plans for plan in plans})
     trained = ", ".join(map(str, targets[:MOST_SAMPLES])) + (", ..." if len(targets) > MOST_SAMPLES else "")
-    captions, times = len(dataset.captions()), dataset.repeats + 1
+    count, times = len(dataset.captions()), dataset.repeats + 1
+    captions = "1 caption" if count == 1 else f"{count:,} different captions"
     images = "1 image" if len(dataset.records) == 1 else f"{len(dataset.records):,} images"
     often = "once" if times == 1 else f"{times} times"
     shown = f"trained at {trained}, each {often} an epoch"
-    return f"{images} of {extent} pixels with {captions:,} different captions, {shown}"
+    return f"{images} of {extent} pixels with {captions}, {shown}"
 
 
 def _licence(licence: Licence | None, origin: Origin) -> str:
