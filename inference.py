@@ -71,10 +71,11 @@ def main(arguments: list[str]) -> int:
             if content is None or content.get("kind") != "validation":
                 return command.run(request, arguments, content)
             from helpers import replay
+            from helpers.images.recipes import compared
 
             refusals = replay.REFUSALS
             path = replay.draw_again(request.options.replay, content, command.output_of_replay(request))
-            print(shown(path))
+            print(shown(path), compared(path, request.options.replay), sep="\n")
             return 0
     except refusals as error:
         print("\n%s" % error, file=sys.stderr)

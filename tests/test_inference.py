@@ -70,6 +70,7 @@ def test_a_picture_of_a_training_s_validation_is_made_again(trainer, tmp_path, c
     assert trainer(max_train_steps=1, **flags) == 0
     [picture] = (tmp_path / "output" / "validation_images" / "step_1").glob("*_16x16.png")
     assert inference.main([f"--replay={picture}", f"--output={tmp_path / 'again'}"]) == 0
+    assert f"The same bytes as {picture}." in capsys.readouterr().out
     [again] = (tmp_path / "again").iterdir()
     assert again.read_bytes() == picture.read_bytes()
     single = tmp_path / "new" / "one.png"

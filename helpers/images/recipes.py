@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
-from helpers.files import write_whole
+from helpers.files import printable, write_whole
 
 KEY = "floydtuner"
 """The keyword of the PNG's text chunk."""
@@ -68,3 +69,21 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise NoRecipe("its recipe is damaged")
     return recipe
+
+
+def compared(made: Path, before: Path) -> str:
+    """What to say of a picture that was made again, beside the file whose recipe it was made by.
+
+    Raises:
+        OSError: one of them cannot be read.
+    """
+    if made.read_bytes() == before.read_bytes():
+        return f"The same bytes as {printable(before)}."
+    with Image.open(made) as one, Image.open(before) as other:
+        if (one.size, one.mode) != (other.size, other.mode):
+            return f"Not the picture in {printable(before)}: that has {other.width}x{other.height} pixels."
+        apart = np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16))
+    if not apart.any():
+        return f"The same pixels as {printable(before)}; what stands beside them differs."
+    words = f"up to {apart.max()} of 255 apart, in {(apart > 0).mean():.1%} of its values"
+    return f"Not quite the picture in {printable(before)}: {words}."

@@ -14,6 +14,7 @@ from helpers.config.inference_options import InferenceOptions
 from helpers.config.paths import shown
 from helpers.config.problems import ConfigError
 from helpers.files import existing_parent, printable
+from helpers.images.recipes import compared
 from helpers.inference import recipe as recipes
 from helpers.inference.cascade import free_file, render
 from helpers.inference.plan import describe, plan
@@ -49,6 +50,8 @@ def run(request: Request, arguments: Sequence[str], recipe: Mapping[str, Any] | 
         print(line)
     for path in render(planned, again):
         print(shown(path))
+        if again:
+            print(compared(path, request.options.replay))
     return 0
 
 

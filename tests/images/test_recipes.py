@@ -3,7 +3,7 @@ import io
 import pytest
 from PIL import Image, PngImagePlugin
 
-from helpers.images.recipes import KEY, LONGEST, NoRecipe, read_recipe, save_png
+from helpers.images.recipes import KEY, LONGEST, NoRecipe, compared, read_recipe, save_png
 
 RECIPE = {"prompt": 'a "purple" heart,\nмир 🟣', "seed": 3, "stages": [{"steps": 27}]}
 
@@ -57,3 +57,19 @@ def test_a_recipe_that_unpacks_to_too_much_is_refused(tmp_path, picture):
     (tmp_path / "a.png").write_bytes(file.getvalue())
     with pytest.raises(NoRecipe):
         read_recipe(tmp_path / "a.png")
+
+
+def test_it_is_told_whether_a_picture_came_out_the_same(tmp_path, picture):
+    save_png(picture, tmp_path / "a.png", {"seed": 1})
+    save_png(picture, tmp_path / "b.png", {"seed": 1})
+    assert compared(tmp_path / "b.png", tmp_path / "a.png") == f"The same bytes as {tmp_path / 'a.png'}."
+    save_png(picture, tmp_path / "b.png", {"seed": 2})
+    assert "The same pixels as" in compared(tmp_path / "b.png", tmp_path / "a.png")
+    other = picture.copy()
+    r, g, b = other.getpixel((0, 0))
+    other.putpixel((0, 0), (r, g, b - 3 if b > 3 else b + 3))
+    save_png(other, tmp_path / "b.png", {})
+    share = 1 / (3 * picture.width * picture.height)
+    assert f"up to 3 of 255 apart, in {share:.1%} of its values" in compared(tmp_path / "b.png", tmp_path / "a.png")
+    save_png(picture.resize((3, 2)), tmp_path / "b.png", {})
+    assert f"that has {picture.width}x{picture.height} pixels" in compared(tmp_path / "b.png", tmp_path / "a.png")
