@@ -31,6 +31,7 @@ from helpers.models.loading import WeightsError
 from helpers.pictures import validation_of
 from helpers.planning import Job, Plan
 from helpers.processes import Processes
+from helpers.publishing import hub
 from helpers.publishing.finish import finish
 from helpers.publishing.hub import Hub, Uploads
 from helpers.training import assembly, checkpoints, loop, run_json
@@ -101,6 +102,7 @@ def _open_output(job: Job) -> None:
     output.mkdir(parents=True, exist_ok=True)
     run_json.write(output, job.options)
     checkpoints.sweep(output)
+    hub.sweep(output)
 
 
 def cache_texts(

@@ -177,7 +177,7 @@ def cut_note(texts: Sequence[str], longest: int, limit: int) -> str:
     examples = ", ".join(repr(shorten(text, EXAMPLE_LETTERS, placeholder=" ...")) for text in texts[:NAMED])
     return (
         f"{len(texts):,} captions have more than the {limit} tokens that are read (the longest {longest}),"
-        f" and what comes after those is not learned: {examples}{', ...' if len(texts) > NAMED else ''}"
+        f" and what comes after those is left out: {examples}{', ...' if len(texts) > NAMED else ''}"
     )
 
 

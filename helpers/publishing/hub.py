@@ -84,6 +84,11 @@ class Hub:
         return f"Nothing is lost; to do it by hand:\n  {shlex.join(words)}"
 
 
+def sweep(output: Path) -> None:
+    """Delete what a run that was interrupted had still to upload: the checkpoints themselves are where they were."""
+    shutil.rmtree(output / WAITING, ignore_errors=True)
+
+
 class Uploads:
     """Uploads, one after the other: checkpoints while training goes on, then the result. One that fails is told.
 
@@ -93,7 +98,6 @@ class Uploads:
     def __init__(self, hub: Hub, output: Path) -> None:
         self._hub, self._waiting = hub, output / WAITING
         self._queue: queue.Queue[Callable[[], object]] = queue.Queue()
-        shutil.rmtree(self._waiting, ignore_errors=True)
         threading.Thread(target=self._work, daemon=True, name="uploads").start()
 
     def add(self, checkpoint: Path) -> None:

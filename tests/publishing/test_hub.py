@@ -213,6 +213,13 @@ def test_a_hub_that_is_silent_is_given_up_and_left_off_when_asked(
     assert not (tmp_path / "output" / WAITING).exists() and hub.repositories == {}
 
 
+def test_the_next_run_deletes_what_an_interrupted_one_had_still_to_upload(trainer, tmp_path):
+    left = tmp_path / "output" / WAITING / "checkpoint-1"
+    left.mkdir(parents=True)
+    assert trainer(max_train_steps=1, validation_prompt=None) == 0
+    assert not left.parent.exists()
+
+
 def _stop_at(hub: FakeHub, path: str, file: Path) -> None:
     while path not in hub.asked:
         time.sleep(0.05)
