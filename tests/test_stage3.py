@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionUpscalePipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionUpscalePipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -51,6 +51,32 @@ def stage3(trainer, tiny_stage3, tmp_path, photos):
     run.dataset = dataset
     dataset()
     return run
+
+
+@pytest.mark.parametrize("precision", [{"mixed_precision": "bf16"}, {"mixed_precision": "bf16", "pure_bf16": True}])
+def test_validation_samples_in_float32_whatever_the_unet_computes_in(stage3, monkeypatch, precision):
+    """bfloat16 knows no noise of a level below 16, and the UNet would be told of it."""
+    noised: list[tuple[torch.dtype, float]] = []
+    stepped: list[torch.dtype] = []
+    add_noise, step = DDPMScheduler.add_noise, DDIMScheduler.step
+
+    def seen_noise(self, original, noise, t):
+        made = add_noise(self, original, noise, t)
+        noised.append((made.dtype, (made - original).std().item()))
+        return made
+
+    def seen_step(self, output, *arguments, **others):
+        stepped.append(output.dtype)
+        return step(self, output, *arguments, **others)
+
+    monkeypatch.setattr(DDPMScheduler, "add_noise", seen_noise)
+    monkeypatch.setattr(DDIMScheduler, "step", seen_step)
+    optimizer = {"optimizer": "adamw_bf16"} if "pure_bf16" in precision else {}
+    assert stage3(max_train_steps=1, validation_noise_level=10, **precision, **optimizer) == 0
+    assert {dtype for dtype, _ in noised} == set(stepped) == {torch.float32}
+    betas = torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2
+    expected = (1 - torch.cumprod(1 - betas, 0)[10]).sqrt().item()
+    assert all(abs(spread - expected) < 0.1 * expected for _, spread in noised)
 
 
 def pipeline_of(folder: Path) -> StableDiffusionUpscalePipeline:

@@ -69,11 +69,10 @@ class Family:
 
     def native_edge(self, flavour: str | None, name: str) -> int:
         """The edge in pixels that a model was trained at, as far as that can be told without a download."""
-        if flavour is not None or self.pixels_per_latent is None:
-            return self.resolutions.get(flavour, self.resolution)
-        edge = self.edge_of(name)
+        edge = self.edge_of(name) if self.pixels_per_latent else None
         fits = isinstance(edge, int) and self.alignment <= edge <= self.resolution * self.largest_factor
-        return edge if fits and edge % self.alignment == 0 else self.resolution
+        known = self.resolutions.get(flavour, self.resolution)
+        return edge if fits and edge % self.alignment == 0 else known
 
     def edge_of(self, name: str) -> int | None:
         """The edge in pixels that the UNet in a local folder was made for; None where no folder tells it."""

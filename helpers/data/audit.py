@@ -120,7 +120,7 @@ def audit_images(
         record.control.path: reason for record in paired.records
         if record.control and (reason := controls[record.control.content].reason) is not None
     })
-    about = _About(backend)
+    about = _About(backend, smallest)
     findings = [
         *about.left_out(found, planned, failures),
         *about.controls(dataset, notes),
@@ -194,8 +194,9 @@ def audit_captions(
 class _About:
     """Findings about one entry of the dataloader JSON."""
 
-    def __init__(self, backend: ImageBackend) -> None:
+    def __init__(self, backend: ImageBackend, smallest: int = 1) -> None:
         self._backend = backend
+        self._smallest = smallest
         self._id = backend.id
         self._names = cache(lambda folder: frozenset(os.listdir(folder)))
         self._texts = cache(lambda folder: _texts_by_stem(self._names(folder)))
@@ -210,11 +211,20 @@ class _About:
         for entry in planned.left_out[len(found.left_out) :]:
             size = sizes[entry.path]
             extreme = max(size) > MAX_ASPECT * min(size)
-            remedy = "crop it" if extreme else "replace it by a larger one, or lower minimum_image_size or resolution"
+            remedy = "crop it" if extreme else self._for_too_small(entry.reason)
             kind = "extreme aspect" if extreme else "too small"
             yield Finding(self._id, entry.path, kind, f"left out: {entry.reason}", remedy)
         for path, reason in failures.items():
             yield self._unreadable(path, reason)
+
+    def _for_too_small(self, reason: str) -> str:
+        """What helps where an image is too small: what was asked for may be lowered, what the model needs may not."""
+        backend, by_minimum = self._backend, "minimum_image_size" in reason
+        in_pixels, may_lower = backend.resolution_type == "pixel", by_minimum
+        if not by_minimum:
+            may_lower = not in_pixels or backend.resolution > self._smallest
+        option = "minimum_image_size" if by_minimum else "resolution"
+        return "replace it by a larger one" + (f", or lower {option}" if may_lower else "")
 
     def controls(self, dataset: Dataset, notes: Iterable[str]) -> Iterator[Finding]:
         """What is wrong with the conditioning images."""

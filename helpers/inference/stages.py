@@ -11,15 +11,16 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from helpers.inference.schedules import timesteps_of
 from helpers.models import loading
 from helpers.models.bases import Base, load_unet
 from helpers.models.errors import unfit
 from helpers.models.offloading import in_groups
+from helpers.models.precision import AsFloat32
 from helpers.models.results import AdapterFile, load_adapter, scheduler_changes
 from helpers.models.schedulers import sampler
 from helpers.models.text import bare_text_encoder
@@ -63,26 +64,6 @@ class Stage:
     variant: str | None
 
 
-class InFloat32(nn.Module):
-    """A UNet as one of float32, whatever it computes in: so what lies between its steps is not rounded to that."""
-
-    dtype = torch.float32
-
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-        self.config = unet.config
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
-
-    def forward(self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor, **others: Any) -> tuple[Tensor]:
-        dtype = self.unet.dtype
-        output, *_ = self.unet(x.to(dtype), t, encoder_hidden_states.to(dtype), **others)
-        return (output.float(),)
-
-
 def open_stage(
     stage: Stage, folder: Path, device: torch.device, dtype: torch.dtype, by_groups: bool
 ) -> DiffusionPipeline:
@@ -108,14 +89,14 @@ def open_stage(
     except Exception as error:  # whatever a config of any content makes diffusers raise
         raise unfit("a scheduler", folder, error) from error
     takes = inspect.signature(kind).parameters
-    others = {"requires_safety_checker": False, "max_noise_level": getattr(spec.conditioning, "levels", None)}
+    others = {"requires_safety_checker": False, "max_noise_level": loading.noise_levels(spec, folder)}
     components |= {name: value for name, value in others.items() if name in takes}
     unet = load_unet(folder, dtype, stage.variant)
     pipeline = kind(**dict.fromkeys(takes) | components | {"unet": unet, "scheduler": scheduler})
     _adapt(pipeline, stage, folder)
     pipeline.scheduler = scheduler
     unet = in_groups(unet, device) if by_groups else unet.to(device)
-    pipeline.unet = InFloat32(unet)
+    pipeline.unet = AsFloat32(unet)
     if spec.space.component:
         pipeline.vae = _Unloaded(spec.space.channels)
         pipeline.vae_scale_factor = spec.space.factor

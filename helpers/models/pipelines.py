@@ -14,6 +14,9 @@ from safetensors import safe_open
 from helpers.models.facts import Origin
 from helpers.models.schedulers import SCHEDULER_CONFIG
 
+CHECKS = "requires_safety_checker"
+"""What a pipeline's index has beside its components, where the pipeline has a safety checker."""
+
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".h5", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -34,6 +37,8 @@ def write_pipeline(unet: UNet2DConditionModel, base: Path, output: Path, variant
     index.pop("_name_or_path", None)
     index["_class_name"] = origin.pipeline
     takes = inspect.signature(getattr(diffusers, origin.pipeline)).parameters
+    if CHECKS not in takes:  # else each who loads it is warned
+        index.pop(CHECKS, None)
     optional = getattr(diffusers, origin.pipeline)._optional_components
     for name, component in list(index.items()):
         if not isinstance(component, list) or name == "unet":
@@ -42,8 +47,8 @@ def write_pipeline(unet: UNet2DConditionModel, base: Path, output: Path, variant
             del index[name]
         elif name in optional and not _is_usable(base / name):  # such as IF's safety checker, which is never fetched
             index[name] = [None, None]
-            if name == "safety_checker":
-                index["requires_safety_checker"] = False
+            if name == "safety_checker" and CHECKS in takes:
+                index[CHECKS] = False
         elif component != [None, None]:
             _copy_component(base / name, partial / name, variant)
     changes = origin.scheduler_changes

@@ -296,12 +296,13 @@ def _command(job: Job, kind: str, prompt: str) -> str:
 def _options(job: Job) -> str:
     """The options that were set, and those that everybody asks for, with their values; paths are none of it."""
     rows = ["| option | value |", "|---|---|"]
-    kind, sources = _kind(job), job.options["sources"]
+    sources, is_adapter = job.options["sources"], _kind(job) in ("lora", "dora")
     for name, value in job.options["options"].items():
         typed = getattr(getattr(job.config, ROWS[name].group), name)
-        always = name in ALWAYS_TOLD or (name in OF_A_LORA and kind in ("lora", "dora"))
+        always = name in ALWAYS_TOLD or name in OF_A_LORA
         was_set = sources.get(name, "default") != "default"
-        if ROWS[name].group in TOLD and (always or was_set) and value is not None and not isinstance(typed, Path):
+        told = ROWS[name].group in TOLD and (is_adapter or ROWS[name].group != "lora")
+        if told and (always or was_set) and value is not None and not isinstance(typed, Path):
             rows.append(f"| `{name}` | {_cell(value)} |")
     return "\n".join(rows)
 

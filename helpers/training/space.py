@@ -95,12 +95,13 @@ def output_needs(config: Config, saved: Saved, base: Path | None) -> list[Need]:
     output, limit = config.run.output_dir, config.run.checkpoints_total_limit
     number = max(1, limit + 1 - len(checkpoints.found(output)))
     kept = f"CHECKPOINTING_LIMIT + 1, less those that are there: {number}" if limit else "of all that are kept, 1"
-    result = saved.trained * (2 if config.run.export == "kohya" else 1)
+    result, what = saved.trained * (2 if config.run.export == "kohya" else 1), "result"
     if config.training_kind == "full" and not config.training.controlnet:
         result = saved.unet + (copied_bytes(base, config.model.variant) if base else 0)
+        what += "" if base else ", besides what it copies of the base: all but the UNet, which is not here to be counted"
     return [
         Need(f"checkpoints of {shown(saved.checkpoint)} ({kept})", number * saved.checkpoint, output),
-        Need("result", result, output),
+        Need(what, result, output),
     ]
 
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from helpers.files import telling_if_full, write_whole
 from helpers.images.recipes import save_png
+from helpers.models.precision import AsFloat32
 from helpers.models.schedulers import sampler
 from helpers.sizes import Size
 from helpers.training.loop import Run
@@ -85,6 +86,7 @@ class Sampling:
         # The text is encoded already, and pictures of one's own training are not censored.
         absent = dict.fromkeys(takes)
         pipeline = kind(**{name: value for name, value in {**absent, **components}.items() if name in takes})
+        pipeline.unet = AsFloat32(run.parts.unet)
         pipeline.set_progress_bar_config(leave=False, desc="  sampling")
         return pipeline
 

@@ -83,6 +83,10 @@ def test_a_local_folder_tells_its_own_size(tmp_path, sample_size, edge):
     (tmp_path / "unet" / "config.json").write_text(json.dumps({"sample_size": sample_size}))
     config = load(["--model_type=lora", f"--pretrained_model_name_or_path={tmp_path}"]).config
     assert config.data.resolution == edge and config.validation.validation_resolution == (Size(edge, edge),)
+    if sample_size == 96:  # the flavour of 512 px says less than the weights themselves
+        flags = ["--model_type=lora", "--model_family=sd1x", "--model_flavour=1.5"]
+        config = load([*flags, f"--pretrained_model_name_or_path={tmp_path}"]).config
+        assert config.data.resolution == edge
 
 
 def test_a_local_folder_has_no_flavour_and_an_absolute_path(tmp_path):

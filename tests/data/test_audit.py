@@ -201,7 +201,8 @@ def test_sizes_that_train_badly_are_told(folder):
     assert "enlarged 3.2 times" in found["tiny.png", "enlarged"].reason
     assert "shows 20% of it" in found["wide.png", "extreme aspect"].reason
     assert found["strip.png", "extreme aspect"].reason.startswith("left out")
-    assert findings(folder, minimum_image_size=48)["tiny.png", "too small"].reason.startswith("left out")
+    too_small = findings(folder, minimum_image_size=48)["tiny.png", "too small"]
+    assert too_small.reason.startswith("left out") and too_small.remedy.endswith("or lower minimum_image_size")
     assert ("wide.png", "extreme aspect") not in findings(folder, crop_aspect="preserve")
 
 

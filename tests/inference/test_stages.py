@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from helpers.inference.stages import Stage, decode, open_stage, sample, to_images
+from helpers.inference.stages import Stage, decode, noise_level_problem, open_stage, sample, to_images
 from helpers.inference.texts import readers
 from helpers.models import bases
 from helpers.models.errors import WeightsError
@@ -76,6 +77,17 @@ def test_what_lies_between_the_steps_is_not_rounded_to_what_the_unet_computes_in
     assert pipeline.unet.unet.dtype == torch.bfloat16
     for x in shown:
         assert x.dtype == torch.float32 and (x != x.bfloat16().float()).float().mean() > 0.9
+
+
+def test_a_model_of_more_noise_levels_than_usual_is_used_with_them(tiny_stage3, tmp_path):
+    folder = shutil.copytree(tiny_stage3, tmp_path / "own")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "max_noise_level": 500}))
+    stage = replace(stage_of("upscaler", folder), size=Size(64, 64), noise_level=400)
+    assert noise_level_problem(stage.base, 400) is None and "up to 500" in noise_level_problem(stage.base, 501)
+    pipeline = open_stage(stage, folder, torch.device("cpu"), torch.float32, by_groups=False)
+    text = torch.zeros(1, 77, pipeline.unet.config.cross_attention_dim)
+    assert sample(pipeline, stage, text, text, [1], [Image.new("RGB", (16, 16))]).isfinite().all()
 
 
 def test_stages_of_one_text_encoder_read_by_it_and_others_by_their_own(tiny_model, tiny_stage2, tiny_stage3, tmp_path):

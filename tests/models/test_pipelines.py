@@ -31,6 +31,16 @@ def second_stage(tiny_stage2, tmp_path) -> Path:
     return folder
 
 
+def test_an_index_has_nothing_that_its_pipeline_does_not_take(tiny_stage3, tmp_path, caplog):
+    """diffusers warns of it whenever the result is loaded."""
+    base = Path(shutil.copytree(tiny_stage3, tmp_path / "base"))
+    change_index(base, requires_safety_checker=False)
+    origin = origin_of(str(base), "deepfloyd-iii", SPECS["deepfloyd-iii"], base, LossSettings())
+    written = write_pipeline(UNet2DConditionModel.from_pretrained(base / "unet"), base, tmp_path / "out", None, origin)
+    index = json.loads((written / "model_index.json").read_text())
+    assert "requires_safety_checker" not in index and index["max_noise_level"] == 350
+
+
 def change_index(base: Path, **values: object) -> None:
     path = base / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

@@ -26,3 +26,13 @@ def test_a_second_format_takes_the_result_once_more(tmp_path):
         output_needs(load([*flags, f"--export={name}"]).config, saved, None)[-1] for name in ("diffusers", "kohya")
     )
     assert (once.nbytes, twice.nbytes) == (10, 20)
+
+
+def test_of_a_base_that_is_not_here_it_is_told_that_the_result_copies_it(tmp_path):
+    saved = Saved(trained=10, state=20, unet=500)
+    config = load(["--model_type=full", f"--output_dir={tmp_path / 'output'}"]).config
+    (tmp_path / "base" / "vae").mkdir(parents=True)
+    (tmp_path / "base" / "vae" / "config.json").write_bytes(bytes(7))
+    known, unknown = (output_needs(config, saved, base)[-1] for base in (tmp_path / "base", None))
+    assert (known.what, known.nbytes) == ("result", 507)
+    assert unknown.nbytes == 500 and "besides what it copies of the base" in unknown.what
