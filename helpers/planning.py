@@ -28,8 +28,10 @@ from helpers.models.fingerprints import fingerprint_unet
 from helpers.models.single_file import Conversion
 from helpers.models.spec import Spec
 from helpers.processes import Processes
+from helpers.sizes import Size
 from helpers.training import assembly, checkpoints, memory_report, space
 from helpers.training.assembly import Ending, Since
+from helpers.validation.memory import sampling_bytes
 from helpers.validation.prompts import named_prompts
 
 
@@ -324,7 +326,17 @@ def tell_memory(job: Job, architecture: Path | None, datasets: Sequence[Dataset]
     elif free is not None or job.config.run.dry_run:
         targets = {plan.target for dataset in datasets for plans in dataset.plans for plan in plans}
         largest = max(targets, key=lambda size: size.width * size.height)
-        print(memory_report.report(job.config, job.spec, architecture, largest, free))
+        validating = _validating(job, architecture, largest)
+        print(memory_report.report(job.config, job.spec, architecture, largest, free, validating))
+
+
+def _validating(job: Job, architecture: Path, largest: Size) -> int | None:
+    """Bytes that a validation takes; None where nothing is drawn."""
+    options = job.config.validation
+    if not (options.num_eval_images if job.config.shows_eval_images else job.prompts):
+        return None
+    setup = memory_report.setup_of(job.config, job.spec, architecture, largest)
+    return sampling_bytes(job.spec, setup, options.validation_resolution, options.validation_guidance > 1)
 
 
 def tell_space(

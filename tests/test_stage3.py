@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionUpscalePipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, StableDiffusionUpscalePipeline
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,6 +18,7 @@ from helpers.models.facts import read_adapter_facts
 from helpers.models.results import load_adapter
 from helpers.training import loop
 from helpers.training.step import training_loss
+from helpers.validation import render
 from helpers.validation.eval_images import low_resolution, psnr
 from helpers.validation.render import SHEET
 
@@ -77,6 +78,21 @@ def test_validation_samples_in_float32_whatever_the_unet_computes_in(stage3, mon
     betas = torch.linspace(0.0001**0.5, 0.02**0.5, 1000, dtype=torch.float64) ** 2
     expected = (1 - torch.cumprod(1 - betas, 0)[10]).sqrt().item()
     assert all(abs(spread - expected) < 0.1 * expected for _, spread in noised)
+
+
+def test_large_pictures_are_decoded_in_tiles(stage3, monkeypatch):
+    tiled: list[tuple[int, ...]] = []
+    decode = AutoencoderKL.tiled_decode
+
+    def seen(self, latents, *arguments, **others):
+        tiled.append(tuple(latents.shape[-2:]))
+        return decode(self, latents, *arguments, **others)
+
+    monkeypatch.setattr(AutoencoderKL, "tiled_decode", seen)
+    flags = {"max_train_steps": 1, "validation_resolution": "64,128"}
+    monkeypatch.setattr(render, "LARGEST_WHOLE", 64 * 64)
+    assert stage3(**flags) == 0
+    assert set(tiled) == {(32, 32)}
 
 
 def pipeline_of(folder: Path) -> StableDiffusionUpscalePipeline:

@@ -381,7 +381,7 @@ class ValidationOptions(Group):
         25, ge=1, le=1000, unit="steps", help="Denoising steps per image.")
     validation_guidance: Real = option(by_family=True, ge=1, help="Classifier-free guidance scale; 1: none.")
     validation_guidance_rescale: Real | None = option(
-        ge=0, le=1, default_words="0, or 0.7 with rescale_betas_zero_snr and no ControlNet",
+        ge=0, le=1, default_words="0; of Stable Diffusion with rescale_betas_zero_snr 0.7, but for ControlNets",
         help="How far the contrast that guidance adds is taken back; 0: not at all.")
     validation_noise_scheduler: Literal["ddpm", "ddim", "euler", "euler-a", "unipc", "dpm++"] = option(
         by_family=True, help="The scheduler that validation images are sampled with.")

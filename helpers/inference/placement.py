@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from helpers.inference.footprint import Footprint
+from helpers.models.footprint import Footprint
 
 GB = 10**9
 

@@ -15,13 +15,12 @@ from helpers.config.paths import from_root
 from helpers.config.problems import ConfigError
 from helpers.files import printable
 from helpers.images import loading as images
-from helpers.inference import footprint
 from helpers.inference.placement import GB, MOST, Budget, Place, budget_of, place
 from helpers.inference.recipe import Recipe
 from helpers.inference.sizes import Extent, Impossible, stage_sizes, upscaled_sizes
 from helpers.inference.stages import Adapted, Stage, noise_level_problem
 from helpers.inference.texts import readers
-from helpers.models import bases, single_file
+from helpers.models import bases, footprint, single_file
 from helpers.models.bases import Base
 from helpers.models.errors import OPTION, WeightsError
 from helpers.models.fingerprints import fingerprint_file, fingerprint_unet

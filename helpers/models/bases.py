@@ -15,7 +15,7 @@ from helpers.config.jsonfile import load_json
 from helpers.models import loading, single_file
 from helpers.models.errors import OPTION, WeightsError, load_whole, unfit
 from helpers.models.families import SPECS
-from helpers.models.published import ARCHITECTURES, architecture, text_encoder_of
+from helpers.models.published import ARCHITECTURES, architecture, text_encoder_of, vae_of
 from helpers.models.single_file import Conversion
 from helpers.models.spec import Spec
 from helpers.models.text import T5
@@ -61,10 +61,8 @@ class Base:
     @property
     def vae(self) -> Mapping[str, Any]:
         """The VAE's configuration; empty where it is not known."""
-        own = self.configs / "vae" / "config.json" if self.configs else None
-        known = self.architecture and self.architecture.with_name(self.architecture.name.replace("_unet", "_vae"))
-        path = own or known
-        return load_json(path) if path and path != self.architecture and path.is_file() else {}
+        path = vae_of(self.architecture) if self.architecture else None
+        return load_json(path) if path else {}
 
     @property
     def reads_text_by_itself(self) -> bool:

@@ -34,6 +34,17 @@ def text_encoder_of(architecture: Path) -> Path:
     return architecture.parent.parent / "text_encoder" / architecture.name
 
 
+def vae_of(architecture: Path) -> Path | None:
+    """The `config.json` of the VAE that a UNet's latents are of, in the same places; None where none is there."""
+    if architecture.parent != ARCHITECTURES:
+        path = architecture.parent.parent / "vae" / architecture.name
+        return path if path.is_file() else None
+    own = architecture.with_name(architecture.name.replace("_unet", "_vae"))
+    if own.is_file():
+        return own
+    return ARCHITECTURES / "stable-diffusion_vae.json" if architecture.name.startswith("stable-diffusion") else None
+
+
 def architecture(hub_id: str) -> Path | None:
     """The `config.json` of a published model's UNet; None for other models."""
     owner, _, name = hub_id.partition("/")

@@ -48,8 +48,14 @@ def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setu
     )
 
 
-def report(config: Config, spec: Spec, architecture: Path, size: Size, free: int | None) -> str:
-    """All parts for a dry run, a line for a real one; and a warning where the GPU has fewer bytes `free`."""
+def report(
+    config: Config, spec: Spec, architecture: Path, size: Size, free: int | None, validating: int | None = None
+) -> str:
+    """All parts for a dry run, a line for a real one; and a warning where the GPU has fewer bytes `free`.
+
+    Args:
+        validating: bytes that a validation takes besides what stays of the training; None where there is none.
+    """
     memory, batch = estimate(setup_of(config, spec, architecture, size)), config.training.train_batch_size
     lines = [describe(memory, batch, size) if config.run.dry_run else in_a_line(memory, batch, size)]
     if config.run.dry_run and isinstance(spec.space, Latents):
@@ -67,6 +73,16 @@ def report(config: Config, spec: Spec, architecture: Path, size: Size, free: int
         )
     if free is not None and free < memory.peak:
         lines.append(warning(config, spec, architecture, size, memory.peak, free))
+    if validating is not None:
+        needed = memory.weights + memory.optimizer + memory.ema + validating
+        sizes = ", ".join(map(str, config.validation.validation_resolution))
+        if config.run.dry_run:
+            lines.append(f"  at validation, for pictures of {sizes}: {shown(needed)} at one time")
+        if free is not None and free < needed:
+            lines.append(
+                f"The GPU has {shown(free)} free, and pictures of {sizes} need about {shown(needed)}: lower"
+                " VALIDATION_RESOLUTION (--validation_resolution), or training goes on without them."
+            )
     return "\n".join(lines)
 
 

@@ -32,6 +32,8 @@ from helpers.validation.sheet import Cell, sheet
 SHEET, BEFORE_AND_AFTER = "sheet.png", "before_and_after.png"
 BATCH_PIXELS = 16 * 64 * 64
 """How much is made at a time: 16 pictures of stage I, one of stage II. Guidance doubles that inside the UNet."""
+LARGEST_WHOLE = 1024 * 1024
+"""Pixels of the largest picture that a VAE decodes as a whole, which takes 3 GB; larger ones come out of tiles."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ class Sampling:
                 output_type="latent" if vae else "pil",
                 **shared,
             ).images
-            pictures += self._decoded(pipeline, vae, made) if vae else made
+            pictures += self._decoded(pipeline, vae, made, in_tiles(size)) if vae else made
         return pictures
 
     def save(
@@ -160,17 +162,27 @@ class Sampling:
                 save_png(picture, folder / f"{name}.png", recipe.model_dump(exclude_none=True))
 
     @staticmethod
-    def _decoded(pipeline: DiffusionPipeline, vae: AutoencoderKL, latents: Tensor) -> list[Image.Image]:
+    def _decoded(pipeline: DiffusionPipeline, vae: AutoencoderKL, latents: Tensor, tiled: bool) -> list[Image.Image]:
         """Pictures from latents, in the VAE's own float32 whatever the UNet computes in: bfloat16 leaves bands."""
+        vae.enable_tiling() if tiled else vae.disable_tiling()
         with torch.autocast(latents.device.type, enabled=False), torch.inference_mode():
             decoded = vae.decode(latents.float() / vae.config.scaling_factor).sample
         return pipeline.image_processor.postprocess(decoded, output_type="pil")
 
 
+def at_once(size: Size) -> int:
+    """How many pictures of a size are made at a time."""
+    return max(1, BATCH_PIXELS // (size.width * size.height))
+
+
+def in_tiles(size: Size) -> bool:
+    """Whether the VAE decodes pictures of a size in tiles."""
+    return size.width * size.height > LARGEST_WHOLE
+
+
 def _batches(size: Size, count: int) -> list[slice]:
     """Which of so many pictures are made at a time."""
-    at_once = max(1, BATCH_PIXELS // (size.width * size.height))
-    return [slice(start, start + at_once) for start in range(0, count, at_once)]
+    return [slice(start, start + at_once(size)) for start in range(0, count, at_once(size))]
 
 
 @contextmanager

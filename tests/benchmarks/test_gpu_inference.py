@@ -8,7 +8,7 @@ import torch
 from benchmarks import gpu_inference
 from benchmarks.gpu_inference import VRAM, Component, estimates, measure, table, write_folders
 from benchmarks.gpu_train import shrunk
-from helpers.inference.footprint import Footprint
+from helpers.models.footprint import Footprint
 from helpers.inference.placement import GB, Place
 from helpers.sizes import Size
 

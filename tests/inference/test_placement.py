@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.inference.footprint import Footprint
 from helpers.inference.placement import GB, RESERVED, Budget, budget_of, place
+from helpers.models.footprint import Footprint
 
 T5_XXL = Footprint(weights=9_500_000_000, group=530_000_000, each=20_000_000)
 UNET = Footprint(weights=1_000_000_000, group=50_000_000, each=300_000_000)

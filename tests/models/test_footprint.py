@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import AutoModelForTextEncoding
 
-from helpers.inference.footprint import (
+from helpers.models.footprint import (
     Footprint,
     decode_pass,
     of_text_encoder,
