@@ -23,6 +23,9 @@ NAMED = 10
 EXAMPLES = 3
 """How many files an error names where no image is left."""
 
+MOST_CROPS = 8
+"""Of an image, that are drawn once and for all where what is cached is made of the crop."""
+
 MOST_SAMPLES = 300_000_000
 """Of an epoch, which is dealt in memory; 10,000 images seen 30,000 times each are as many."""
 
@@ -93,17 +96,24 @@ class Dataset:
         ]
 
     def latent_jobs(self, method: str) -> list[LatentJob]:
-        """What the latent cache has to hold: the one crop of each image in each of its plans."""
+        """What the latent cache has to hold: the settled crops of each image in each of its plans."""
         return [
-            LatentJob(record.path, record.content, plan.intermediate, method, self.settled_box(record, plan))
+            LatentJob(record.path, record.content, plan.intermediate, method, box)
             for record, choices in zip(self.records, self.plans)
             for plan in choices
+            for box in dict.fromkeys(
+                self.settled_box(record, plan, repeat) for repeat in range(min(self.repeats + 1, MOST_CROPS))
+            )
         ]
 
-    def settled_box(self, record: Record, plan: Plan) -> tuple[int, int, int, int]:
-        """The crop that an image keeps in all epochs: drawn from its content and the plan, whatever the run's seed."""
-        sizes = (*plan.intermediate, *plan.target)
-        digest = blake2b(f"{record.content} {sizes}".encode(), digest_size=16).digest()
+    def settled_box(self, record: Record, plan: Plan, repeat: int = 0) -> tuple[int, int, int, int]:
+        """The crop that an image keeps in all epochs, of each of its repeats another: up to `MOST_CROPS`.
+
+        It is drawn from the content and the plan, whatever the run's seed.
+        """
+        words = f"{record.content} {(*plan.intermediate, *plan.target)}"
+        words += f" {number}" if (number := repeat % MOST_CROPS) else ""
+        digest = blake2b(words.encode(), digest_size=16).digest()
         u, v = (int.from_bytes(part, "little") / 2**64 for part in (digest[:8], digest[8:]))
         return crop_box(plan.intermediate, plan.target, self.rules.box_style, u, v)
 

@@ -229,7 +229,7 @@ class _Deck:
         record, plan = self.dataset.records[index], self.dataset.plans[index][choice]
         draws = _draws(self._identities[index], epoch, repeat)
         if self.dataset.rules.crops_once:
-            box = self.dataset.settled_box(record, plan)
+            box = self.dataset.settled_box(record, plan, repeat)
         else:
             box = crop_box(plan.intermediate, plan.target, self._style, draws.crop_u, draws.crop_v)
         dropped = draws.dropout < caption_dropout_probability

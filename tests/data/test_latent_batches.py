@@ -13,7 +13,7 @@ from PIL import Image
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.latents import LatentCache
 from helpers.data.collate import CachedMoments, Collator, Source
-from helpers.data.dataset import Dataset, plan_images
+from helpers.data.dataset import MOST_CROPS, Dataset, plan_images
 from helpers.data.sampler import Sampler
 from helpers.data.scan import Captions, scan
 from helpers.images.geometry import Rules
@@ -90,16 +90,19 @@ def test_each_latent_is_that_of_its_crop_and_has_its_images_caption(folder, tmp_
             seen += 1
 
 
-def test_an_image_keeps_its_crop_in_all_epochs_whatever_the_seed_and_the_images_differ(folder, tmp_path):
-    dataset = planned(folder, tmp_path, repeats=2, **GEOMETRIES["square"])
+@pytest.mark.parametrize("repeats, crops", [(0, 1), (2, 3), (20, MOST_CROPS)])
+def test_an_image_keeps_its_crops_in_all_epochs_whatever_the_seed(folder, tmp_path, repeats, crops):
+    dataset = planned(folder, tmp_path, repeats, **GEOMETRIES["square"])
     boxes: dict[Path, set] = {}
     for seed in (1, 2):
         batches = Sampler([dataset], 4, seed, 0.0).batches()
         for _ in range(2 * Sampler([dataset], 4, seed, 0.0).batches_in_epoch(0)):
             for use in next(batches)[1].uses:
                 boxes.setdefault(use.record.path, set()).add(use.box)
-    assert all(len(own) == 1 for own in boxes.values()) and len(boxes) == 9
+    assert len(boxes) == 9 and all(len(own) == crops for own in boxes.values())
     assert len({box for own in boxes.values() for box in own}) > 5
+    cached = {(job.path, job.box) for job in dataset.latent_jobs("stepwise")}
+    assert cached == {(path, box) for path, own in boxes.items() for box in own}
 
 
 def test_crops_of_pixels_stay_drawn_anew(folder, tmp_path):
