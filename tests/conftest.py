@@ -19,6 +19,16 @@ if "FLOYDTUNER_TEST_GPU" not in os.environ:  # see tests/gpu
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+LONGEST = ("test_trainer", "test_stable_diffusion", "test_kill_anywhere", "test_processes")
+"""The files that take minutes. They begin, so that no process is left with one of them while all others are done."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests into the order in which `tests/run.sh` deals files to its processes."""
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """An untrained stage I pipeline of IF's architecture: a folder as MODEL_NAME takes it."""

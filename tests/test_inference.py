@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -83,7 +84,9 @@ def test_a_picture_of_a_training_s_validation_is_made_again(trainer, tmp_path, c
 
 def test_ctrl_c_ends_it_in_a_sentence(tmp_path):
     command = [sys.executable, "inference.py", "--demo", f"--output={tmp_path}", f"--cache_dir={tmp_path / 'cache'}"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0) as process:
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "bufsize": 0}
+    with subprocess.Popen(command, cwd=ROOT, preexec_fn=heeding, **pipes) as process:
         said = b""
         while b"stage1:" not in said:
             said += process.stdout.read(4096)
