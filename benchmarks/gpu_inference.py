@@ -30,11 +30,11 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForTextEncoding
 
 from benchmarks.machine import ROOT, describe_machine, keep_result
-from helpers.models.footprint import Footprint, of_text_encoder, of_unet, of_vae
 from helpers.inference.placement import GB, Budget, Place, budget_of, place
 from helpers.inference.stages import Stage, decode, open_stage, sample
 from helpers.models import bases
 from helpers.models.bases import Base
+from helpers.models.footprint import Footprint, of_text_encoder, of_unet, of_vae
 from helpers.models.ledger import META
 from helpers.models.lora_files import bare_unet
 from helpers.models.published import ARCHITECTURES, architecture

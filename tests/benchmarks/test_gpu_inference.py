@@ -8,8 +8,8 @@ import torch
 from benchmarks import gpu_inference
 from benchmarks.gpu_inference import VRAM, Component, estimates, measure, table, write_folders
 from benchmarks.gpu_train import shrunk
-from helpers.models.footprint import Footprint
 from helpers.inference.placement import GB, Place
+from helpers.models.footprint import Footprint
 from helpers.sizes import Size
 
 CPU = torch.device("cpu")

@@ -1,22 +1,15 @@
 """What is measured of two trainers; how fast they are is not judged here."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import versus_diffusers_sd
-from benchmarks.versus_diffusers_sd import (
-    Figures,
-    Setup,
-    _compared,
-    example_command,
-    missing_needs,
-    our_command,
-    watched,
-    write_images,
-)
+from benchmarks import versus_diffusers, versus_diffusers_sd
+from benchmarks.side_by_side import Contest, Figures, Setup, Target, compared, missing_needs, our_command, watched
+from benchmarks.versus_diffusers_sd import write_images
 from helpers.config.load import load_all
 from helpers.sizes import Size
 
@@ -31,7 +24,7 @@ for step in range(steps):
     optimizer.step()
 """
 
-# With the flags of diffusers' example, and its way to use them, but for the text, the VAE and LoRA.
+# With the flags of diffusers' examples, and their way to use them, but for the text, the VAE and LoRA.
 STAND_IN = """
 import argparse, json, os, sys
 from pathlib import Path
@@ -40,8 +33,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 parser = argparse.ArgumentParser()
-for name in ("pretrained_model_name_or_path", "train_data_dir", "cache_dir", "output_dir", "lr_scheduler",
-             "mixed_precision"):
+for name in ("pretrained_model_name_or_path", "output_dir", "lr_scheduler", "mixed_precision"):
     parser.add_argument(f"--{name}", required=True)
 for name in ("resolution", "train_batch_size", "max_train_steps", "checkpointing_steps", "lr_warmup_steps", "rank",
              "dataloader_num_workers", "seed"):
@@ -49,22 +41,45 @@ for name in ("resolution", "train_batch_size", "max_train_steps", "checkpointing
 parser.add_argument("--learning_rate", type=float, required=True)
 for name in ("center_crop", "gradient_checkpointing"):
     parser.add_argument(f"--{name}", action="store_true")
+"""
+STABLE_DIFFUSION = STAND_IN + """
+for name in ("train_data_dir", "cache_dir"):
+    parser.add_argument(f"--{name}", required=True)
 options = parser.parse_args()
 folder = Path(options.train_data_dir)
 rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-assert len(rows) == options.train_batch_size * options.max_train_steps and all(row["text"] for row in rows)
+assert all(row["text"] for row in rows)
+files = [folder / row["file_name"] for row in rows]
+channels, edge = 4, options.resolution // 8
+"""
+DREAMBOOTH = STAND_IN + """
+for name in ("instance_data_dir", "instance_prompt"):
+    parser.add_argument(f"--{name}", required=True)
+for name in ("pre_compute_text_embeddings", "text_encoder_use_attention_mask"):
+    parser.add_argument(f"--{name}", action="store_true", required=True)
+parser.add_argument("--tokenizer_max_length", type=int, required=True)
+options = parser.parse_args()
+files = list(Path(options.instance_data_dir).iterdir())
+channels, edge = 3, options.resolution
+"""
+STEPS = """
+assert len(files) == options.train_batch_size * options.max_train_steps
 unet = UNet2DConditionModel.from_pretrained(options.pretrained_model_name_or_path, subfolder="unet")
 optimizer = torch.optim.AdamW(unet.parameters(), lr=options.learning_rate)
 for step in range(options.max_train_steps):
-    for row in rows[step :: options.max_train_steps]:
-        Image.open(folder / row["file_name"]).resize((options.resolution,) * 2)
-    edge = options.resolution // 8
-    latents = torch.randn(options.train_batch_size, 4, edge, edge)
-    text = torch.randn(options.train_batch_size, 77, unet.config.cross_attention_dim)
-    unet(latents, 500, text).sample.square().mean().backward()
+    for file in files[step :: options.max_train_steps]:
+        Image.open(file).resize((options.resolution,) * 2)
+    x = torch.randn(options.train_batch_size, channels, edge, edge)
+    width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
+    text = torch.randn(options.train_batch_size, 77, width)
+    unet(x, 500, text).sample.square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 """
+CONTESTS = {
+    "SD": (versus_diffusers_sd, STABLE_DIFFUSION + STEPS),
+    "IF": (versus_diffusers, DREAMBOOTH + STEPS),
+}
 
 
 @pytest.fixture
@@ -88,15 +103,17 @@ def script_of(folder: Path, text: str) -> Path:
     return path
 
 
-def test_both_trainers_are_measured_side_by_side(tmp_path):
-    output, script = tmp_path / "result.json", script_of(tmp_path, STAND_IN)
+@pytest.mark.parametrize("benchmark, stand_in", CONTESTS.values(), ids=CONTESTS)
+def test_both_trainers_are_measured_side_by_side(tmp_path, benchmark, stand_in):
+    output, script = tmp_path / "result.json", script_of(tmp_path, stand_in)
     options = ["--batch=2", "--rank=4", "--steps=3", "--rounds=2", "--resolution=64", "--no-full_size"]
-    result = versus_diffusers_sd.main([str(script), *options, f"--folder={tmp_path}", f"--output={output}"])
+    result = benchmark.main([str(script), *options, f"--folder={tmp_path}", f"--output={output}"])
     assert json.loads(output.read_text()) == result
     for name in ("example", "ours"):
         assert result[name].keys() >= {"samples_a_second", "peak_gb", "seconds_to_first_step"}
         assert all(value > 0 for value in result[name].values() if not isinstance(value, bool))
-    assert result["ours"]["times_its_speed"] > 0 and result["ours"]["times_its_peak"] > 0
+    ours = result["ours"]
+    assert ours["times_its_speed"] > 0 and ours["times_its_peak"] > 0 and ours["times_its_start_later"] > 0
     assert result["machine"].keys() >= {"device", "torch", "diffusers", "commit"}
     assert result["example_was"]["script"] == "script.py" and not result["full_size"]
     assert {path.name for path in tmp_path.iterdir()} == {"result.json", "script.py"}, "the rest is tidied away"
@@ -139,15 +156,19 @@ def test_what_the_example_needs_is_told_before_anything_is_made(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["script.py"]
 
 
-def test_both_are_told_the_same(tmp_path, setup):
+@pytest.mark.parametrize("benchmark", [versus_diffusers_sd, versus_diffusers], ids=CONTESTS)
+def test_both_are_told_the_same(tmp_path, setup, benchmark):
     """Read by our own front door, and from the example's words."""
+    contest: Contest = benchmark.contest_with(Path("it"))
     write_images(setup.images, 2, Size(80, 64))
-    resolved, backends = load_all(our_command(setup, tmp_path / "cache", tmp_path / "ours")[1:], {})
-    flags = example_command(Path("it"), setup, tmp_path / "cache", tmp_path / "example")
+    resolved, backends = load_all(our_command(contest, setup, tmp_path / "cache", tmp_path / "ours")[1:], {})
+    flags = contest.example(setup, tmp_path / "cache", tmp_path / "example")
     theirs = dict(flag.removeprefix("--").partition("=")[::2] for flag in flags)
     config = resolved.config
     [images] = backends.images
-    assert images.instance_data_dir == setup.images == Path(theirs["train_data_dir"])
+    folder = theirs.get("train_data_dir") or theirs.get("instance_data_dir")
+    assert images.instance_data_dir == setup.images == Path(folder)
+    assert images.instance_prompt == theirs.get("instance_prompt")
     assert images.crop and images.crop_aspect == "square" and images.crop_style == "center" and "center_crop" in theirs
     assert images.resolution == int(theirs["resolution"])
     assert config.training.train_batch_size == int(theirs["train_batch_size"])
@@ -159,11 +180,24 @@ def test_both_are_told_the_same(tmp_path, setup):
     assert config.data.caption_dropout_probability == 0 and config.validation.validation_prompt is None
 
 
-def test_the_target_needs_both_speed_and_memory():
-    def run(speed: float, peak: float) -> Figures:
-        return Figures(speed, 1.0, peak, None)
+def test_a_target_needs_all_that_it_names():
+    def run(speed: float, peak: float, start: float = 1.0) -> Figures:
+        return Figures(speed, start, peak, None)
 
-    figures = _compared([run(14, 3), run(20, 3), run(10, 3)], [run(10, 6), run(10, 6), run(10, 6)])
-    assert figures == {"times_its_speed": 1.4, "times_its_peak": 0.5, "reaches_target": True}
-    assert not _compared([run(12, 5)], [run(10, 6)])["reaches_target"]
-    assert not _compared([run(14, 6)], [run(10, 6)])["reaches_target"]
+    both = Target(speed=1.3, peak=1.0)
+    figures = compared([run(14, 3), run(20, 3), run(10, 3)], [run(10, 6), run(10, 6), run(10, 6)], both)
+    named = {"times_its_speed": 1.4, "times_its_peak": 0.5, "times_its_start_later": 1.0}
+    assert figures == {**named, "reaches_target": True}
+    assert not compared([run(12, 5)], [run(10, 6)], both)["reaches_target"]
+    assert not compared([run(14, 7)], [run(10, 6)], both)["reaches_target"]
+    with_start = Target(speed=1.0, start=0.7)
+    slow_at_first = [run(10, 9, 30), run(10, 9, 6), run(10, 9, 7)]
+    assert compared(slow_at_first, [run(10, 6, 10)] * 3, with_start)["reaches_target"]
+    assert not compared(slow_at_first, [run(10, 6, 9)] * 3, with_start)["reaches_target"]
+
+
+@pytest.mark.parametrize("batch, on_gpu, target", [
+    (4, False, Target(speed=1.0, start=0.7)), (4, True, Target(speed=2.5, peak=0.5)), (64, True, Target(speed=1.5)),
+])  # fmt: skip
+def test_the_target_is_that_of_the_machine_and_the_batch(setup, batch, on_gpu, target):
+    assert versus_diffusers.target(replace(setup, batch=batch), on_gpu) == target
