@@ -9,7 +9,6 @@ What cannot be foreseen ends with a traceback and exit code 1.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import sys
 
@@ -90,13 +89,8 @@ def main(arguments: list[str]) -> int:
 
 if __name__ == "__main__":
     in_environment(sys.argv[1:])
-    # Read by transformers and diffusers as they are imported: they greet with warnings about packages not needed here.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    # bitsandbytes, as peft imports it, would fetch and run 4-bit kernels from the hub where this package is installed.
-    sys.modules.setdefault("kernels", None)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from helpers import console
+    from helpers import console, libraries
 
+    libraries.prepare()
     console.outlast()
     sys.exit(main(sys.argv[1:]))

@@ -10,12 +10,11 @@ What cannot be foreseen ends with a traceback and exit code 1.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
-from helpers import console
+from helpers import console, libraries
 from helpers.config.backends import Backends
 from helpers.config.load import Resolved, describe, load_all
 from helpers.config.problems import ConfigError
@@ -24,12 +23,7 @@ from helpers.heartbeat import Pulse
 from helpers.launch import LOST, rank_and_count
 from helpers.training.requests import Interrupted, Requests, resume_command
 
-# Read by transformers and diffusers as they are imported: they greet with warnings about packages not needed here.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-# bitsandbytes, as peft imports it, would fetch and run 4-bit kernels from the hub wherever this package is installed.
-sys.modules.setdefault("kernels", None)
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it; on a CPU it warns, of its 4-bit products
+libraries.prepare()
 
 BAD_INPUT = 2
 BROKE_DOWN = 3

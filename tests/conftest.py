@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-# As train_sd2x.py does, and before anything imports these libraries.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+from helpers import libraries
+
+libraries.prepare()  # as train_sd2x.py does, and before anything imports them
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "FLOYDTUNER_TEST_GPU" not in os.environ:  # see tests/gpu
     os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -7,7 +7,7 @@ import pytest
 
 HELPERS = Path(__file__).parent.parent / "helpers"
 LAYERS = {
-    "console": -3, "heartbeat": -3, "launch": -2, "processes": -1, "sizes": -1, "files": -1, "config": 0,
+    "console": -3, "heartbeat": -3, "libraries": -3, "launch": -2, "processes": -1, "sizes": -1, "files": -1, "config": 0,
     "images": 1, "captions": 1, "diffusion": 1, "models": 2, "caching": 3, "data": 4, "training": 5, "validation": 6,
     "planning": 7, "inference": 7, "pictures": 8, "check": 8, "publishing": 8, "trainer": 9, "replay": 10,
 }  # fmt: skip

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from typing import NamedTuple
 
 from helpers.config.families import LORA_TARGETS, MODEL_TYPES, SINGLE_FILE
 from helpers.config.optimizers import ADAM_SETTINGS, OPTIMIZERS
 from helpers.config.options import ROWS, TEXT_ENCODER_OPTIONS, Config
 from helpers.config.problems import did_you_mean, found, one_of
+from helpers.libraries import is_installed
 
 WAVES = ("sine", "cosine", "cosine_with_restarts")
 """The schedules that have cycles."""
@@ -214,7 +214,7 @@ def _optimizer(config: Config) -> Iterator[Problem]:
             f"found {name!r} beside pure_bf16, where {facts.lost_in_bf16}: "
             f"type {_with_its_rate('adamw_bf16', name)}, or set pure_bf16 to false",
         )
-    if facts.package and find_spec(facts.package) is None:
+    if facts.package and not is_installed(facts.package):
         words = f"found {name!r}, whose package is not installed here: run `pip install {facts.package}`"
         other = "adamw_bf16" if config.training.pure_bf16 else "adamw"
         yield Problem(("optimizer",), f"{words}, or type {_with_its_rate(other, name)}")
@@ -520,6 +520,6 @@ def _eval_images(config: Config) -> Iterator[Problem]:
 
 
 def _tracker(config: Config) -> Iterator[Problem]:
-    if config.run.report_to == "wandb" and find_spec("wandb") is None:
+    if config.run.report_to == "wandb" and not is_installed("wandb"):
         words = "found 'wandb', which is not installed here: run `pip install wandb`, or type tensorboard or none"
         yield Problem(("report_to",), words)

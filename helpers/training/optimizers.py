@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from helpers.libraries import bitsandbytes
 from helpers.training.adamw_bf16 import AdamWBf16
 from helpers.training.rounding import InFloat32
 
@@ -67,9 +68,7 @@ def _adamw_bf16(parameters: Trained, lr: float, adam: AdamSettings) -> torch.opt
 
 def _adamw8bit(parameters: Trained, lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
     """Moments of 8 bits (Dettmers et al. 2022); float32 for parameters of less than 4096 elements."""
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(parameters, lr, adam.betas, adam.epsilon, adam.weight_decay)
+    return bitsandbytes().AdamW8bit(parameters, lr, adam.betas, adam.epsilon, adam.weight_decay)
 
 
 def _ao_adamw8bit(parameters: Trained, lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
@@ -92,9 +91,7 @@ def _adafactor(parameters: Trained, lr: float, adam: AdamSettings) -> torch.opti
 
 def _lion(parameters: Trained, lr: float, adam: AdamSettings) -> torch.optim.Optimizer:
     """Lion (Chen et al. 2023), whose steps are all of the size of the rate."""
-    from bitsandbytes.optim import Lion
-
-    return Lion(parameters, lr, adam.betas, adam.weight_decay)
+    return bitsandbytes().Lion(parameters, lr, adam.betas, adam.weight_decay)
 
 
 def _prodigy(parameters: Trained, lr: float, adam: AdamSettings) -> torch.optim.Optimizer:

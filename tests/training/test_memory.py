@@ -1,6 +1,5 @@
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from helpers.config.load import load
 from helpers.config.optimizers import OPTIMIZERS as FACTS
 from helpers.config.options import Config
 from helpers.data.collate import Batch
+from helpers.libraries import is_installed
 from helpers.models import loading
 from helpers.models.adapters import trainable_parameters
 from helpers.models.controlnet import ControlNet
@@ -88,7 +88,7 @@ def test_all_but_the_activations_is_exact_to_the_byte(tiny_model, flags):
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_what_an_optimizer_keeps_and_works_with_is_told_for_each(name, dtype):
     facts = FACTS[name]
-    if facts.package and find_spec(facts.package) is None:
+    if facts.package and not is_installed(facts.package):
         pytest.skip(f"{facts.package} is not installed")
     if facts.lost_in_bf16 and dtype == torch.bfloat16:
         pytest.skip("this pairing is refused")

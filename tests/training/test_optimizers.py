@@ -1,4 +1,3 @@
-from importlib.util import find_spec
 from typing import get_args
 
 import pytest
@@ -7,6 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 from helpers.config.optimizers import OPTIMIZERS as FACTS
 from helpers.config.options import OptimizerOptions
+from helpers.libraries import is_installed
 from helpers.training import checkpoints, rounding
 from helpers.training.adamw_bf16 import AdamWBf16
 from helpers.training.memory import Ledger
@@ -14,7 +14,7 @@ from helpers.training.optimizers import OPTIMIZERS, AdamSettings, restore_state
 
 STEPS = 1000
 LOSING = [name for name, facts in FACTS.items() if facts.lost_in_bf16]
-without_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not among the requirements")
+without_torchao = pytest.mark.skipif(not is_installed("torchao"), reason="torchao is not among the requirements")
 
 
 def named(names: list[str]) -> list[object]:

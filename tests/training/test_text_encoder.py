@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from helpers.config.optimizers import OPTIMIZERS as FACTS
 from helpers.data.collate import Batch
 from helpers.data.sampler import Position, Use
 from helpers.data.scan import Record
+from helpers.libraries import is_installed
 from helpers.models import loading
 from helpers.models.adapters import parameter_groups, trainable_parameters
 from helpers.models.facts import origin_of
@@ -122,7 +122,7 @@ def test_without_one_it_has_the_unets(make_run, batches):
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_optimizer_steps_each_group_at_its_rate_and_goes_on_from_its_state(name, dtype):
     facts = FACTS[name]
-    if facts.package and find_spec(facts.package) is None:
+    if facts.package and not is_installed(facts.package):
         pytest.skip(f"{facts.package} is not installed")
     if facts.lost_in_bf16 and dtype == torch.bfloat16:
         pytest.skip("this pairing is refused")

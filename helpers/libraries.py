@@ -1,0 +1,34 @@
+"""How libraries are imported: without greetings, and without what they would import for nothing here."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.machinery import PathFinder
+from types import ModuleType
+
+BITSANDBYTES = "bitsandbytes"
+
+
+def prepare() -> None:
+    """Settle it for this process, before torch, diffusers, transformers or peft are imported."""
+    # Read as they are imported: they greet with warnings about packages that are not needed here.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # peft imports bitsandbytes for layers of 8 and 4 bits. That takes a second and a half, and would fetch and run
+    # kernels from the hub wherever the package of that name is installed.
+    sys.modules.setdefault(BITSANDBYTES, None)
+    sys.modules.setdefault("kernels", None)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported, or could be but for `prepare`."""
+    return PathFinder.find_spec(package) is not None
+
+
+def bitsandbytes() -> ModuleType:
+    """That package with its optimizers."""
+    if sys.modules.get(BITSANDBYTES, BITSANDBYTES) is None:
+        del sys.modules[BITSANDBYTES]
+    return importlib.import_module(f"{BITSANDBYTES}.optim")
