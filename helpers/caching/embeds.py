@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import shorten
 
@@ -101,15 +102,24 @@ class EmbedCache:
         tqdm.write(f"Text embeds: {self.plan(texts)}, in batches of {batch_size}")
         if cut := [text for text in wanted if lengths[text] > limit]:
             tqdm.write(f"Text embeds: {cut_note(cut, lengths[cut[0]], limit)}")
-        with self.store.writer() as writer, tqdm(total=len(wanted), desc="text embeds", unit="caption") as bar:
+        # While a thread looks at a batch and writes it, the next one is encoded.
+        with (
+            self.store.writer() as writer,
+            tqdm(total=len(wanted), desc="text embeds", unit="caption") as bar,
+            ThreadPoolExecutor(1, "embeds") as thread,
+        ):
+            written = None
             for start in range(0, len(wanted), batch_size):
                 batch = wanted[start : start + batch_size]
                 began = time.perf_counter()
                 embeds = encode(batch)
                 if start == 0:
                     tqdm.write(_announcement(embeds, len(wanted), time.perf_counter() - began))
-                _add(writer, batch, embeds)
+                if written:
+                    written.result()
+                written = thread.submit(_add, writer, batch, embeds)
                 bar.update(len(batch))
+            written.result()
 
     def read(self, texts: Sequence[str], out: torch.Tensor | None = None) -> torch.Tensor:
         """The embeddings of `texts` as bf16 [B, 77, D], bit for bit as they were encoded.

@@ -249,7 +249,9 @@ class DataOptions(Group):
         0.1, ge=0, le=1, help="Share of captions replaced by the empty prompt, which guidance needs.")
     vae_batch_size: Whole = option(
         4, ge=1, unit="images", help="Stable Diffusion, stage III: images that are encoded by the VAE at a time.")
-    text_encoder_batch_size: Whole = option(8, ge=1, unit="captions", help="Captions that are encoded at a time.")
+    text_encoder_batch_size: Whole | None = option(
+        ge=1, unit="captions", default_words="8; on a GPU as many as fit, up to 64",
+        help="Captions that are encoded at a time.")
     text_encoder_device: Literal["auto", "cpu"] = option(
         "auto", help="Where captions are encoded: auto is the training device.")
 

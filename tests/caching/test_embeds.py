@@ -1,11 +1,13 @@
 """Each caption is encoded once, comes back bit for bit, and never from another encoder."""
 
 import hashlib
+import threading
 
 import pytest
 import torch
 
 from helpers.caching.embeds import EmbedCache, NonFiniteEmbedding
+from helpers.caching.store import Writer
 
 FINGERPRINT = {"text_encoder": "aa", "tokenizer": "bb", "length": "77", "cleaning": "if"}
 
@@ -110,6 +112,26 @@ def test_an_interrupted_build_keeps_what_was_encoded(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         built(tmp_path, ["aaa", "bb", "c"], interrupted, batch_size=1)
     assert EmbedCache(tmp_path, FINGERPRINT).missing(["aaa", "bb", "c"]) == ["c"]
+
+
+def test_the_next_batch_is_encoded_while_one_is_written(tmp_path, monkeypatch):
+    """Each write waits until the encoder is at the next batch; were they in turns, it would wait in vain."""
+    at_next, texts = [threading.Event() for _ in range(4)], ["aaa", "bb", "c"]
+    at_next[3].set()
+    add = Writer.add
+
+    def slow(self, key, array):
+        assert at_next[written.pop(0)].wait(20)
+        add(self, key, array)
+
+    def encoder(batch):
+        at_next[3 - len(batch[0])].set()
+        return Encoder()(batch)
+
+    written = [1, 2, 3]
+    monkeypatch.setattr(Writer, "add", slow)
+    cache = built(tmp_path, texts, encoder, batch_size=1)
+    assert written == [] and all(torch.equal(cache.read([text])[0], Encoder().embedding(text)) for text in texts)
 
 
 @pytest.mark.parametrize("result", [

@@ -1,5 +1,6 @@
 """What is done before a UNet is loaded: once, and said where it matters."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 from helpers.captions.cleaning import clean
 from helpers.config.backends import Backends, TextEmbedsBackend
 from helpers.data.dataset import Dataset
-from helpers.data.preparation import cache_texts, caption_notes, open_text_caches, prepare_captions
+from helpers.data.preparation import cache_texts, caption_notes, fitting_batch, open_text_caches, prepare_captions
 from helpers.data.scan import Record
 from helpers.images.geometry import Rules
+from helpers.models.published import ARCHITECTURES
 from helpers.models.text import T5
 from helpers.sizes import Size
 
@@ -64,3 +66,13 @@ def test_captions_that_the_encoder_cuts_are_told(tmp_path, tiny_model, capsys):
     [line] = [line for line in capsys.readouterr().out.splitlines() if "77 tokens" in line]
     assert "1 captions" in line and "'a very very" in line and "dog" not in line
     assert texts.default.missing(["a dog", "a cat"]) == [] and texts.default.missing(["A cat"])
+
+
+@pytest.mark.parametrize("free_gb, captions", [(9.6, 1), (10.1, 7), (12, 64), (80, 64)])
+def test_on_a_gpu_as_many_captions_are_encoded_at_a_time_as_fit(tmp_path, monkeypatch, free_gb, captions):
+    """T5-XXL takes 9.52 GB, each caption 0.0096 more, and kernels get 0.5."""
+    (tmp_path / "text_encoder").mkdir()
+    shutil.copy(ARCHITECTURES / "t5-v1_1-xxl_text_encoder.json", tmp_path / "text_encoder" / "config.json")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_gb * 1e9), 0))
+    assert fitting_batch(tmp_path, torch.device("cuda")) == captions
+    assert fitting_batch(tmp_path, torch.device("cpu")) == 8
