@@ -12,10 +12,12 @@ BITSANDBYTES = "bitsandbytes"
 
 
 def prepare() -> None:
-    """Settle it for this process, before torch, diffusers, transformers or peft are imported."""
+    """Settle it for this process, before numpy, torch, diffusers, transformers or peft are imported."""
     # Read as they are imported: they greet with warnings about packages that are not needed here.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    # Images are decoded by as many threads as there are cores: numpy's products of matrices need none beside them.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # peft imports bitsandbytes for layers of 8 and 4 bits. That takes a second and a half, and would fetch and run
     # kernels from the hub wherever the package of that name is installed.
     sys.modules.setdefault(BITSANDBYTES, None)

@@ -48,7 +48,7 @@ class LatentCache(ImageCache):
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, str]) -> None:
-        recipe = {"kind": "latents", "version": "1", **fingerprint}
+        recipe = {"kind": "latents", "version": "2", **fingerprint}
         name = hashlib.blake2b(json.dumps(recipe, sort_keys=True).encode(), digest_size=10).hexdigest()
         super().__init__(folder / name, recipe)
 

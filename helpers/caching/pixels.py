@@ -11,7 +11,7 @@ import numpy as np
 from helpers.caching.images import ImageCache
 from helpers.sizes import Size
 
-_RECIPE = {"kind": "pixels", "version": "1"}  # raise the version when `load` gives other pixels than before
+_RECIPE = {"kind": "pixels", "version": "2"}  # raise the version when `load` gives other pixels than before
 
 
 class PixelJob(NamedTuple):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from PIL import Image
 
+from helpers.images.resampling import resize_in_steps
 from helpers.sizes import Size
 
 METHODS = ("stepwise", "single")
+MODES = ("L", "RGB", "CMYK", "LAB")
+"""Of images whose steps are taken at once."""
 
 
 def steps(source: Size, target: Size) -> list[Size]:
@@ -27,7 +30,7 @@ def steps(source: Size, target: Size) -> list[Size]:
 def resize(
     image: Image.Image, target: Size, method: str = "stepwise", box: tuple[float, float, float, float] | None = None
 ) -> Image.Image:
-    """Resize by Pillow's antialiased Lanczos filter.
+    """Resize by Pillow's antialiased Lanczos filter; several steps as the one that they come to.
 
     Args:
         method: "stepwise" (25 % at a time) or "single" (one leap).
@@ -39,7 +42,10 @@ def resize(
     """
     if method not in METHODS:
         raise ValueError(f"downsample_method {method!r} is unknown: use {' or '.join(METHODS)}")
-    for size in steps(Size(*image.size), target) if method == "stepwise" else [target]:
+    sizes = steps(Size(*image.size), target) if method == "stepwise" else [target]
+    if len(sizes) > 1 and image.mode in MODES:
+        return resize_in_steps(image, sizes, box)
+    for size in sizes:
         image = image.resize(size, Image.Resampling.LANCZOS, box=box)
         box = None
     return image
