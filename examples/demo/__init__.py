@@ -1,0 +1,5 @@
+"""Commands that make the demo and judge it."""
+
+from helpers import libraries
+
+libraries.prepare()  # as train_sd2x.py does, before any of them is imported
