@@ -81,7 +81,8 @@ KINDS = {
     "subject": (SUBJECT,),
     "painted": tuple(Thing(None, s) for s in OUTLINES if s != SUBJECT.shape),
 }
-"""What a set of pictures shows: what has names, the subject again and again, or known shapes in any colour."""
+"""What a set of pictures shows: what has names, the subject again and again, or known shapes in any colour
+on grounds of more kinds."""
 
 
 def mask(shape: str, size: tuple[int, int], centre: tuple[float, float], radius: float) -> np.ndarray:
@@ -102,7 +103,8 @@ def draw(thing: Thing, size: tuple[int, int], rng: np.random.Generator) -> Image
     centre = tuple(edge / 2 + rng.uniform(-0.04, 0.04) * short for edge in size)
     paint = np.array(COLOURS[thing.colour]) + rng.normal(0, 8, 3) if thing.colour else _any_colour(rng)
     cover = mask(thing.shape, size, centre, radius)[..., None]
-    picture = cover * _shaded(paint, size, 0.1, rng) + (1 - cover) * _ground(size, rng)
+    ground = _ground if thing.colour else _any_ground
+    picture = cover * _shaded(paint, size, 0.1, rng) + (1 - cover) * ground(size, rng)
     grain = rng.normal(0, 3, (size[1], size[0], 1))
     return Image.fromarray(np.clip(picture + grain, 0, 255).round().astype(np.uint8))
 
@@ -115,6 +117,11 @@ def _any_colour(rng: np.random.Generator) -> np.ndarray:
 def _ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """A pale, nearly grey ground."""
     return _shaded(rng.uniform(190, 240) + rng.normal(0, 4, 3), size, 0.08, rng)
+
+
+def _any_ground(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """As other stages draw it: sometimes darker, or with a tint."""
+    return _shaded(rng.uniform(140, 245) + rng.normal(0, 10, 3), size, 0.12, rng)
 
 
 def _shaded(

@@ -11,3 +11,4 @@ work=examples/demo/work
 ./train.sh --demo base
 rm -rf examples/demo/model
 cp -R "$work/base/pipeline" examples/demo/model
+rm -rf examples/demo/model/README.md examples/demo/model/sample_images  # the card of a training of one's own

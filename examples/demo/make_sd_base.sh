@@ -17,3 +17,4 @@ fi
 ./train.sh --demo sd-base
 rm -rf examples/demo/sd
 cp -R "$work/sd/pipeline" examples/demo/sd
+rm -rf examples/demo/sd/README.md examples/demo/sd/sample_images  # the card of a training of one's own

@@ -21,3 +21,4 @@ work=examples/demo/work
     --lr_warmup_steps=30
 rm -rf examples/demo/stage2
 cp -R "$work/stage2-painted/pipeline" examples/demo/stage2
+rm -rf examples/demo/stage2/README.md examples/demo/stage2/sample_images  # the card of a training of one's own

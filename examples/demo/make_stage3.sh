@@ -18,7 +18,8 @@ work=examples/demo/work
 if [ ! -d "$work/untrained-stage3" ]; then
     rm -rf "$work/new-stage3"
     "$PYTHON" -m examples.demo.make_stage3 "$work/new-stage3"
-    "$PYTHON" -m examples.demo.train_vae "$work/new-stage3" --edge 64 --steps 1800 --pieces-of 384 --scaling-factor 0.08333
+    "$PYTHON" -m examples.demo.train_vae "$work/new-stage3" --any-colour --edge 64 --steps 5000 --pieces-of 384 \
+        --scaling-factor 0.08333
     mv "$work/new-stage3" "$work/untrained-stage3"
 fi
 model="$work/untrained-stage3"
@@ -28,5 +29,6 @@ for turn in 1 2 3; do # so that the learning rate rises and falls once more
 done
 rm -rf examples/demo/stage3
 cp -R "$model" examples/demo/stage3
-"$PYTHON" -m examples.demo.train_vae examples/demo/stage3 --decoder-alone --edge 128 --batch 4 --learning-rate 1e-3 \
-    --steps 2600
+rm -rf examples/demo/stage3/README.md examples/demo/stage3/sample_images  # the card of a training of one's own
+"$PYTHON" -m examples.demo.train_vae examples/demo/stage3 --any-colour --decoder-alone --edge 128 --batch 4 \
+    --pieces-of 1024 --learning-rate 1e-3 --steps 2600

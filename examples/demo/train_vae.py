@@ -1,7 +1,7 @@
 """Train the VAE of the demo's Stable Diffusion, or of its stage III, on freshly drawn pictures, and set its scale.
 
     python -m examples.demo.train_vae FOLDER [--steps 1500]
-    python -m examples.demo.train_vae FOLDER --edge 64 --pieces-of 384 --scaling-factor 0.08333
+    python -m examples.demo.train_vae FOLDER --any-colour --edge 64 --pieces-of 384 --scaling-factor 0.08333
 
 FOLDER is as examples.demo.make_sd, or make_stage3, writes it. `scaling_factor` becomes 1 / (standard deviation of the
 latents over fresh pictures), as diffusers has it: times that, latents have one of 1. Where the pipeline knows only one,
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -28,6 +28,8 @@ from torch.nn.utils import clip_grad_norm_
 from examples.demo.draw import COLOURS, OUTLINES, Thing, draw
 
 EVERYTHING = tuple(Thing(colour, shape) for colour, shape in product(COLOURS, OUTLINES))
+ANYTHING = EVERYTHING + tuple(Thing(None, shape) for shape in OUTLINES) * len(COLOURS)
+"""Half of it in the colours that have names, half in any."""
 OTHER_EDGES = (Fraction(1, 2), Fraction(3, 4), Fraction(1), Fraction(5, 4))
 """By the usual one."""
 BATCH = 8
@@ -39,19 +41,25 @@ SPREAD_WEIGHT = 0.01
 """Without it one channel tells nearly all, and the others little else; a UNet learns that badly."""
 
 
-def pictures(count: int, size: tuple[int, int], rng: np.random.Generator, piece_of: int = 0) -> Tensor:
+def pictures(
+    count: int,
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    piece_of: int = 0,
+    things: Sequence[Thing] = EVERYTHING,
+) -> Tensor:
     """Drawn pictures of `size` (width, height), float32 [count, 3, H, W] in -1..1.
 
     Args:
         piece_of: the edge of the one square picture that all are pieces of; 0: they are whole ones.
     """
     if piece_of:
-        whole = np.asarray(draw(EVERYTHING[rng.integers(len(EVERYTHING))], (piece_of, piece_of), rng))
+        whole = np.asarray(draw(things[rng.integers(len(things))], (piece_of, piece_of), rng))
         corners = [[int(rng.integers(piece_of - edge + 1)) for edge in size] for _ in range(count)]
         drawn = np.stack([whole[top : top + size[1], left : left + size[0]] for left, top in corners])
     else:
-        chosen = rng.integers(len(EVERYTHING), size=count)
-        drawn = np.stack([np.asarray(draw(EVERYTHING[i], size, rng)) for i in chosen])
+        chosen = rng.integers(len(things), size=count)
+        drawn = np.stack([np.asarray(draw(things[i], size, rng)) for i in chosen])
     return torch.from_numpy(drawn).permute(0, 3, 1, 2) / 127.5 - 1
 
 
@@ -93,7 +101,7 @@ def train(vae: AutoencoderKL, options: argparse.Namespace) -> None:
     for step, (size, piece_of) in zip(range(steps), sizes(rng, options.edge, options.pieces_of)):
         rise, fall = min(1, (step + 1) / WARMUP), 0.5 + 0.5 * math.cos(math.pi * step / steps)
         optimizer.param_groups[0]["lr"] = options.learning_rate * rise * fall
-        loss = loss_of(vae, pictures(batch, size, rng, piece_of), generator)
+        loss = loss_of(vae, pictures(batch, size, rng, piece_of, options.things), generator)
         optimizer.zero_grad()
         loss.backward()
         clip_grad_norm_(trained, 1.0)
@@ -145,6 +153,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--decoder-alone", action="store_true", help="latents stay what they are")
     parser.add_argument("--pieces-of", type=int, default=0, help="largest edge of pictures to show pieces of; 0: none")
+    parser.add_argument("--any-colour", dest="things", action="store_const", const=ANYTHING, default=EVERYTHING)
     parser.add_argument("--scaling-factor", type=float, help="what the pipeline scales all latents by")
     arguments = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(arguments.folder / "vae")
