@@ -4,8 +4,8 @@
     python -m benchmarks.gpu_train [--only NAME ...] [--steps 30] [--batch N] [--full_size] [--output FILE]
 
 Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs; cases called mixed keep
-what is trained in float32, and compute in bf16. DeepFloyd IF I-M, I-XL and II-M, and Stable Diffusion 1.5 at 512 px and
-2.1 at 768 px, whose images are in their cache already, as latents. `--only` takes names of cases, such as "I-M lora b4"
+what is trained in float32, and compute in bf16. DeepFloyd IF I-M, I-XL and II-M, the x4 upscaler at 512 px, and Stable
+Diffusion 1.5 at 512 px and 2.1 at 768 px; the images of the last three are in their cache already, as latents. `--only` takes names of cases, such as "I-M lora b4"
 or "SD-*"; what was measured before on the same machine and commit stays in the file.
 Without a GPU the architectures are shrunk, for trying the script anywhere, and no peak is told, which PyTorch does not
 know of a CPU; `--full_size` takes them as they are. Beside each peak stands what `--dry_run` estimates for it. The
@@ -33,7 +33,7 @@ from diffusers import UNet2DConditionModel
 from benchmarks.machine import ROOT, describe_machine, keep_result
 from benchmarks.step_overhead import our_loop
 from benchmarks.synthetic import create_run, random_batch, random_parts
-from helpers.config.families import STABLE_DIFFUSION
+from helpers.config.families import DEEPFLOYD_III, STABLE_DIFFUSION
 from helpers.models.adapters import Adapter, trainable_parameters
 from helpers.models.families import SPECS
 from helpers.models.full import Full
@@ -45,8 +45,8 @@ from helpers.training.loop import Run
 from helpers.training.memory import Setup, estimate
 
 RANK, WARM_UP, OPTIMIZER = 32, 5, "adamw_bf16"
-FAMILIES = {"I": "deepfloyd-i", "II": "deepfloyd-ii", "SD": "sd"}
-PREDICTIONS = {"SD-2.1": "v_prediction"}
+FAMILIES = {"I": "deepfloyd-i", "II": "deepfloyd-ii", "III": "deepfloyd-iii", "SD": "sd"}
+PREDICTIONS = {"SD-2.1": "v_prediction", "III-x4": "v_prediction"}
 DTYPE = torch.bfloat16
 
 
@@ -82,6 +82,8 @@ class Case:
     @property
     def hub_id(self) -> str:
         kind, _, flavour = self.model.partition("-")
+        if kind == "III":
+            return DEEPFLOYD_III.flavours[self.model.lower()]
         return STABLE_DIFFUSION.flavours[flavour] if kind == "SD" else f"DeepFloyd/IF-{self.model}-v1.0"
 
     @property
@@ -108,7 +110,7 @@ CASES = [
 ]
 CASES += [
     case
-    for model in ("SD-1.5", "SD-2.1")
+    for model in ("III-x4", "SD-1.5", "SD-2.1")
     for case in (
         Case(model, "lora", 4),
         Case(model, "lora", 4, mixed=True),

@@ -22,10 +22,12 @@ from helpers.training.loop import Run
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
 from helpers.training.schedules import LearningRate
 
+UPSCALER = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
 # The noise's schedules, of x and of what joins it: files, or what a scheduler is told.
 SCHEDULERS = {
     "deepfloyd-i": ("stage1_scheduler.json", None),
     "deepfloyd-ii": ("stage2_scheduler.json", "stage2_image_noising_scheduler.json"),
+    "deepfloyd-iii": (UPSCALER, UPSCALER),
     "sd": ({"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}, None),
 }
 ADAM = AdamSettings(beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.01)
@@ -53,6 +55,8 @@ def random_parts(
     finally:
         torch.set_default_dtype(default)
     schedule, low_res_schedule = (name and _schedule(name) for name in SCHEDULERS[family])
+    if low_res_schedule:
+        low_res_schedule = low_res_schedule.first(SPECS[family].conditioning.levels)
     parts = put_together(SPECS[family], unet, schedule, low_res_schedule, prediction_type=prediction_type)
     return parts.to(device)
 
@@ -71,7 +75,8 @@ def random_batch(parts: Parts, size: int, device: torch.device) -> Batch:
     edge, width = config.sample_size, config.encoder_hid_dim or config.cross_attention_dim
     if isinstance(space, Latents):
         mean = torch.randn(size, space.channels, edge, edge, device=device)
-        images = torch.cat([mean, torch.full_like(mean, 0.1)], dim=1).half()
+        image = torch.randint(256, (size, 3 * space.with_image, edge, edge), device=device)
+        images = torch.cat([mean, torch.full_like(mean, 0.1), image], dim=1).half()
     else:
         images = torch.randint(256, (size, edge, edge, space.channels), dtype=torch.uint8, device=device)
     embeds = torch.randn(size, parts.spec.text.length, width, device=device).bfloat16()

@@ -38,31 +38,35 @@ def test_gpu_train_reports_memory_and_speed_of_each_case(tmp_path):
     assert lora["trained_parameters"] < lora["parameters"] and full["trained_parameters"] == full["parameters"]
 
 
-def test_gpu_train_measures_stable_diffusion(tmp_path):
+def test_gpu_train_measures_models_of_latents(tmp_path):
     """In both precisions one after the other, and predicting v."""
     options = ["--no-full_size", "--steps=1", "--batch=1", f"--output={tmp_path / 'result.json'}"]
-    names = ["SD-1.5 lora b4", "SD-1.5 lora b4 mixed", "SD-2.1 full b4 checkpointed"]
+    names = ["SD-1.5 lora b4", "SD-1.5 lora b4 mixed", "SD-2.1 full b4 checkpointed", "III-x4 lora b4"]
     cases = gpu_train.main([*options, "--only", *names])["cases"]
     assert set(cases) == set(names)
     assert all(row["samples_a_second"] > 0 and row["estimated_gb"] > 0 for row in cases.values())
-    pure, mixed, full = (cases[name] for name in names)
+    pure, mixed, full, _ = (cases[name] for name in names)
     assert mixed["estimated_gb"] > pure["estimated_gb"] and mixed["trained_parameters"] == pure["trained_parameters"]
     assert full["trained_parameters"] == full["parameters"]
 
 
 @pytest.mark.parametrize(
-    ("model", "edge", "width", "objective"),
-    [("SD-1.5", 64, 768, EpsilonObjective), ("SD-2.1", 96, 1024, VelocityObjective)],
+    ("model", "channels", "edge", "width", "objective"),
+    [
+        ("SD-1.5", 8, 64, 768, EpsilonObjective),
+        ("SD-2.1", 8, 96, 1024, VelocityObjective),
+        ("III-x4", 11, 128, 1024, VelocityObjective),
+    ],
 )
-def test_batches_of_stable_diffusion_are_what_its_cache_would_hold(model, edge, width, objective):
-    """Of 512 and 768 px, for the published architecture at narrow widths."""
+def test_batches_of_latents_are_what_their_cache_would_hold(model, channels, edge, width, objective):
+    """Of 512 and 768 px, for the published architecture at narrow widths; stage III's with their images."""
     [case] = [case for case in gpu_train.CASES if case.name == f"{model} lora b4"]
     config = UNet2DConditionModel.load_config(architecture(case.hub_id))
     small = gpu_train.shrunk(config) | {key: config[key] for key in ("sample_size", "cross_attention_dim")}
     prediction = gpu_train.PREDICTIONS.get(model, "epsilon")
     parts = random_parts(case.family, small, torch.bfloat16, torch.device("cpu"), prediction)
     batch = random_batch(parts, 2, torch.device("cpu"))
-    assert batch.images.dtype == torch.float16 and batch.images.shape == (2, 8, edge, edge)
+    assert batch.images.dtype == torch.float16 and batch.images.shape == (2, channels, edge, edge)
     assert batch.prompt_embeds.dtype == torch.bfloat16 and batch.prompt_embeds.shape == (2, 77, width)
     x = parts.spec.space.encode(batch.images, Draws(torch.Generator().manual_seed(0)))
     assert x.shape == (2, 4, edge, edge) and 0.9 < x.std() < 1.1
@@ -91,7 +95,7 @@ def test_gpu_train_has_the_cases_that_users_ask_about():
     assert len(names) == len(set(names))
     for name in ("I-M lora b4", "I-M full b4", "I-XL lora b4", "II-M lora b4 checkpointed", "I-M lora b64 compiled"):
         assert name in names
-    for model in ("SD-1.5", "SD-2.1"):
+    for model in ("SD-1.5", "SD-2.1", "III-x4"):
         for case in ("lora b4", "lora b4 mixed", "lora b4 checkpointed", "lora b4 compiled", "full b4 checkpointed"):
             assert f"{model} {case}" in names
     with pytest.raises(SystemExit):
