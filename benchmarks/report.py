@@ -1,0 +1,221 @@
+"""Write docs/performance.md from benchmarks/results, so that no figure in it is typed by hand.
+
+    python -m benchmarks.report            # the page
+    python -m benchmarks.report --plots    # its pictures too, which takes `pip install matplotlib`
+
+A result that is not there is left out, and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+PLOTS = ROOT / "docs" / "performance"
+
+HEAD = """# Speed and memory, measured
+
+This page is written by `python -m benchmarks.report` from the files in `benchmarks/results/`, each of which names the
+machine, the versions and the commit that it was measured with. Ratios are of both sides in one run, in turns.
+"""
+
+
+def row(cells: Iterable[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    return "\n".join([row(head), row("---" for _ in head), *map(row, rows)])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure as it is read: so many digits, thousands with commas."""
+    if value is None:
+        return "-"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{float(f'{value:.{digits}g}'):,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def machine_of(result: Mapping[str, Any]) -> str:
+    machine = result["machine"]
+    where = f"{machine['threads']} threads of {machine['processor']}"
+    where = where if machine["device"] == "cpu" else machine["device"]
+    return f"*{where}, torch {machine['torch']}, diffusers {machine['diffusers']}, commit `{machine['commit'][:7]}`*"
+
+
+def contest(result: Mapping[str, Any]) -> str:
+    """One trainer beside another."""
+    named = {"example": "diffusers' example", "ours": "this trainer", "ours in pure bf16": "this trainer, pure bf16"}
+    rows = []
+    for key, name in named.items():
+        own = result.get(key)
+        if own is None:
+            continue
+        rows.append([
+            name,
+            number(own["samples_a_second"]),
+            number(own.get("times_its_speed")),
+            number(own["peak_gb"]),
+            number(own.get("times_its_peak")),
+            number(own["seconds_to_first_step"]),
+            number(own.get("seconds_to_first_step_later")),
+            number(own.get("times_its_start_later")),
+        ])
+    head = ["", "samples/s", "times the example's", "peak, GB", "times its", "first step after, s", "... in later runs",
+            "times its"]  # fmt: skip
+    size = "the published architecture" if result["full_size"] else "a tiny pipeline"
+    facts = f"{size}, {result['resolution']} px, batch {result['batch']}, rank {result['rank']}, {result['precision']}"
+    return f"{facts}, {result['steps']} steps, {result['rounds']} rounds.\n\n{table(head, rows)}"
+
+
+def training(result: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            number(case.get("peak_gb")),
+            number(case.get("estimated_gb")),
+            number(1000 * case["seconds_a_step"]) if "seconds_a_step" in case else "out of memory",
+            number(case.get("samples_a_second")),
+            number(case.get("seconds_of_the_first_step")),
+        ]
+        for name, case in result["cases"].items()
+    ]
+    return table(["case", "peak, GB", "as estimated", "ms a step", "samples/s", "first step, s"], rows)
+
+
+def data(result: Mapping[str, Any]) -> str:
+    photos = result["photos"] if isinstance(result["photos"], list) else [result["photos"]]
+    rows = [
+        [
+            f"{own['size']} to {name}",
+            number(rates["ours"]["images_per_core_second"]),
+            number(rates["plain"]["images_per_core_second"]),
+            number(rates["ratio_of_core_time"]),
+            rates.get("target", "-"),
+        ]
+        for own in photos
+        for name, rates in own.items()
+        if isinstance(rates, Mapping)
+    ]
+    cached = number(result["cached"]["samples_per_core_second"])
+    return (
+        f"{table(['JPEGs', 'images a core-second', 'full decode and 25 % steps in Pillow', 'times', 'target'], rows)}\n\nCached"
+        f" samples with {result['cached']['embeds']} embeds, in batches of {result['cached']['batch']}: {cached} a"
+        f" core-second. Cached embeds beside one `torch.save` file for each caption:"
+        f" {number(result['embeds']['ratio_of_core_time'])} times the batches a second."
+    )
+
+
+def overhead(result: Mapping[str, Any]) -> str:
+    return (
+        f"The loop takes {100 * result['overhead']:.1f} % more time a step than a bare one over the same UNet, batch of"
+        f" {result['batch']} and optimizer: {number(1000 * result['our_seconds_a_step'])} ms."
+    )
+
+
+def scaling(result: Mapping[str, Any]) -> str:
+    parts = []
+    if "datasets" in result:
+        head = ["images", "first step of the first run, s", "of the second, s", "ms a step", "peak, GB"]
+        rows = [
+            [
+                f"{own['images']:,}",
+                number(own["first"]["seconds_to_first_step"]),
+                number(own["second"]["seconds_to_first_step"]),
+                number(1000 * own["second"]["seconds_a_step"]),
+                number(own["second"]["peak_gb"]),
+            ]
+            for own in result["datasets"]
+        ]
+        parts.append(table(head, rows))
+        if "bytes_an_image" in result:
+            parts.append(f"Memory for each image more: {number(result['bytes_an_image'])} bytes.")
+        parts.append("![start and step against the number of images](performance/datasets.png)")
+    if "checkpoints" in result:
+        rows = [[own["rank"], number(own["bytes"] / 1e6), number(own["seconds"])] for own in result["checkpoints"]]
+        parts.append(table(["rank of a LoRA of IF-I-M", "checkpoint, MB", "written in, s"], rows))
+        parts.append("![size and time of a checkpoint against the rank](performance/checkpoints.png)")
+    return "\n\n".join(parts)
+
+
+def conditioning(result: Mapping[str, Any]) -> str:
+    return (
+        f"A tiny stage II after {result['steps']:,} steps on the same batches, on pictures that it never saw: shown its"
+        f" low-resolution image as it will be when it samples, {result['noised_low_resolution_db']} dB (PSNR); shown"
+        f" x_t in its place, {result['x_t_twice_db']} dB; bicubic upscaling {result['bicubic_db']} dB."
+    )
+
+
+SECTIONS: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = (
+    ("DeepFloyd IF beside diffusers' example", "versus_diffusers", contest),
+    ("Stable Diffusion beside diffusers' example", "versus_diffusers_sd", contest),
+    ("Training on a GPU", "gpu_train", training),
+    ("Images and captions", "data", data),
+    ("Large datasets, high ranks", "scaling", scaling),
+    ("The loop itself", "step_overhead", overhead),
+    ("How stage II is shown its image", "stage2_conditioning", conditioning),
+)
+
+
+def page(results: Path = RESULTS) -> str:
+    """The page, from the results that are there."""
+    parts, lacking = [HEAD], []
+    for title, name, write in SECTIONS:
+        path = results / f"{name}.json"
+        if not path.exists():
+            lacking.append(f"`python -m benchmarks.{name}`")
+            continue
+        result = json.loads(path.read_text("utf-8"))
+        parts.append(f"## {title}\n\n`python -m benchmarks.{name}`; {machine_of(result)}\n\n{write(result)}\n")
+    if lacking:
+        parts.append(f"## Not measured yet\n\n{', '.join(lacking)}\n")
+    return "\n".join(parts)
+
+
+def plot(result: Mapping[str, Any], folder: Path) -> None:
+    """The pictures of the scaling's result."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(exist_ok=True)
+    if rows := result.get("datasets"):
+        counts = [row["images"] for row in rows]
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+        for name in ("first", "second"):
+            left.plot(counts, [row[name]["seconds_to_first_step"] for row in rows], "o-", label=f"{name} run")
+        left.set(xlabel="images", ylabel="seconds to the first step", ylim=(0, None))
+        left.legend()
+        right.plot(counts, [1000 * row["second"]["seconds_a_step"] for row in rows], "o-")
+        right.set(xlabel="images", ylabel="ms a step", xscale="log", ylim=(0, None))
+        figure.savefig(folder / "datasets.png", dpi=100)
+    if rows := result.get("checkpoints"):
+        ranks = [row["rank"] for row in rows]
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+        left.plot(ranks, [row["bytes"] / 1e6 for row in rows], "o-")
+        left.set(xlabel="rank", ylabel="checkpoint, MB", ylim=(0, None))
+        right.plot(ranks, [row["seconds"] for row in rows], "o-")
+        right.set(xlabel="rank", ylabel="seconds to write it", ylim=(0, None))
+        figure.savefig(folder / "checkpoints.png", dpi=100)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plots", action="store_true", help="draw the pictures too")
+    options = parser.parse_args(arguments)
+    PAGE.write_text(page(), "utf-8")
+    if options.plots:
+        plot(json.loads((RESULTS / "scaling.json").read_text("utf-8")), PLOTS)
+
+
+if __name__ == "__main__":
+    main()
