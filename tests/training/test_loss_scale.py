@@ -197,7 +197,7 @@ def test_pictures_are_made_in_float16_by_the_unet_and_in_float32_by_the_vae(make
 
     def render(run: Run, folder: Path) -> Rendered:
         pipeline = sampling.pipeline(run)
-        pipeline.unet.conv_out.register_forward_hook(lambda layer, args, output: dtypes["unet"].add(output.dtype))
+        pipeline.unet.unet.conv_out.register_forward_hook(lambda layer, args, output: dtypes["unet"].add(output.dtype))
         pipeline.vae.decoder.register_forward_hook(lambda decoder, args, output: dtypes["vae"].add(output.dtype))
         [picture] = sampling.images(pipeline, size, [torch.ones(77, 16)])
         return Rendered([[Cell(picture, "made")]])
