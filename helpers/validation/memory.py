@@ -20,13 +20,14 @@ def sampling_bytes(spec: Spec, setup: Setup, sizes: tuple[Size, ...], guided: bo
         setup: of the training.
         guided: whether with guidance, for which all is computed twice.
     """
-    unet = load_json(setup.architecture)
+    # One pass tells: what is sampled together counts by its pixels, and each size would take seconds at the start.
+    size = max(sizes, key=lambda size: at_once(size) * size.width * size.height)
     dtype = torch.bfloat16 if setup.autocast else setup.weights
+    unet = footprint.of_unet(load_json(setup.architecture), spec.space.size(size), dtype, guided, setup.tokens)
+    sampling = at_once(size) * unet.each
     path = vae_of(setup.architecture) if spec.space.component else None
-    most = 0
-    for size in sizes:
-        sampling = at_once(size) * footprint.of_unet(unet, spec.space.size(size), dtype, guided, setup.tokens).each
-        # It is loaded beside the UNet in training, and decodes what was sampled together.
-        vae = footprint.of_vae(load_json(path), size, in_tiles(size)) if path else footprint.Footprint(0, 0, 0)
-        most = max(most, vae.weights + max(sampling, at_once(size) * vae.each))
-    return most
+    if path is None:
+        return sampling
+    # It is loaded beside the UNet in training, and decodes what was sampled together.
+    vae = footprint.of_vae(load_json(path), size, in_tiles(size))
+    return vae.weights + max(sampling, at_once(size) * vae.each)

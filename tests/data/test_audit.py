@@ -206,6 +206,15 @@ def test_sizes_that_train_badly_are_told(folder):
     assert ("wide.png", "extreme aspect") not in findings(folder, crop_aspect="preserve")
 
 
+@pytest.mark.parametrize("resolution, remedy", [(64, "by a larger one"), (96, ", or lower resolution")])
+def test_a_resolution_is_not_to_be_lowered_below_what_the_model_needs(folder, resolution, remedy):
+    """An upscaler enlarges no image, and needs 64 px here."""
+    captioned(folder / "tiny.png", 1, size=(40, 40))
+    audited = audit_images(backend(folder, resolution=resolution), 8, enlarge=False, smallest=64)
+    [finding] = [finding for finding in audited.findings if finding.file and finding.file.name == "tiny.png"]
+    assert finding.kind == "too small" and finding.remedy.endswith(remedy)
+
+
 def test_transparency_is_told_with_how_much_of_it_there_is(folder):
     for name, alpha in {"half": 0, "opaque": 255}.items():
         path = captioned(folder / f"{name}.png", len(name))

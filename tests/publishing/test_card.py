@@ -101,6 +101,12 @@ def test_the_code_of_each_kind_runs_as_it_is_pasted_and_no_card_tells_of_its_use
         assert Image.open(Path(folder) / "picture.png").size == (128, 64), folder
 
 
+def test_of_a_full_training_no_adapters_options_are_told(made, tmp_path):
+    job, datasets = made("full", tmp_path / "output", "--lora_rank=32", "--learning_rate=1e-3")
+    text = card.write(job, datasets, step=2, titles=[])[0].read_text("utf-8")
+    assert "| `learning_rate` | 0.001 |" in text and "lora_rank" not in text
+
+
 def test_it_tells_what_was_trained_with_what_and_on_what(made, tmp_path):
     job, datasets = made("lora", tmp_path / "output", "--learning_rate=1e-3", "--lora_alpha=8", "--lora_rank=4")
     [path] = card.write(job, datasets, step=1500, titles=[])
