@@ -20,7 +20,7 @@ def sampling_bytes(spec: Spec, setup: Setup, sizes: tuple[Size, ...], guided: bo
         setup: of the training.
         guided: whether with guidance, for which all is computed twice.
     """
-    # One pass tells: what is sampled together counts by its pixels, and each size would take seconds at the start.
+    # One pass of the UNet tells: what is sampled together counts by its pixels, and each takes seconds at the start.
     size = max(sizes, key=lambda size: at_once(size) * size.width * size.height)
     dtype = torch.bfloat16 if setup.autocast else setup.weights
     unet = footprint.of_unet(load_json(setup.architecture), spec.space.size(size), dtype, guided, setup.tokens)
@@ -29,5 +29,5 @@ def sampling_bytes(spec: Spec, setup: Setup, sizes: tuple[Size, ...], guided: bo
     if path is None:
         return sampling
     # It is loaded beside the UNet in training, and decodes what was sampled together.
-    vae = footprint.of_vae(load_json(path), size, in_tiles(size))
-    return vae.weights + max(sampling, at_once(size) * vae.each)
+    vaes = [(footprint.of_vae(load_json(path), own, in_tiles(own)), at_once(own)) for own in sizes]
+    return vaes[0][0].weights + max(sampling, *(count * vae.each for vae, count in vaes))

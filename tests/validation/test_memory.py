@@ -24,6 +24,8 @@ def test_a_picture_of_stage_iii_takes_what_its_vae_takes_and_a_large_one_is_deco
     whole = sampling_bytes(spec, setup, (Size(1024, 1024),), guided=True)
     assert 3.3e9 < whole < 3.6e9
     assert sampling_bytes(spec, setup, (Size(512, 512), Size(1024, 1024)), guided=True) == whole
+    just_tiled = (Size(1024, 1024), Size(1088, 1024))
+    assert sampling_bytes(spec, setup, just_tiled, guided=True) >= whole, "in tiles a larger one takes less"
     assert sampling_bytes(spec, setup, (Size(2048, 2048),), guided=True) < 2 * whole, "whole it is four times that"
 
 
