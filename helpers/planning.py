@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
@@ -31,6 +32,7 @@ from helpers.processes import Processes
 from helpers.sizes import Size
 from helpers.training import assembly, checkpoints, memory_report, space
 from helpers.training.assembly import Ending, Since
+from helpers.training.utilisation import Utilisation, utilisation_of
 from helpers.validation.memory import sampling_bytes
 from helpers.validation.prompts import named_prompts
 
@@ -324,10 +326,21 @@ def tell_memory(job: Job, architecture: Path | None, datasets: Sequence[Dataset]
     if architecture is None:
         print("The memory needed is not known: the model's architecture is not at hand, and a dry run fetches nothing.")
     elif free is not None or job.config.run.dry_run:
-        targets = {plan.target for dataset in datasets for plans in dataset.plans for plan in plans}
-        largest = max(targets, key=lambda size: size.width * size.height)
+        largest = largest_target(datasets)
         validating = _validating(job, architecture, largest)
         print(memory_report.report(job.config, job.spec, architecture, largest, free, validating))
+
+
+def largest_target(datasets: Sequence[Dataset]) -> Size:
+    """The size of the most pixels that images are cropped to."""
+    targets = {plan.target for dataset in datasets for plans in dataset.plans for plan in plans}
+    return max(targets, key=lambda size: size.width * size.height)
+
+
+def utilisation(job: Job, architecture: Path, datasets: Sequence[Dataset], device: torch.device) -> Utilisation | None:
+    """How much of the GPU's arithmetic the run uses, to be told while it trains."""
+    largest = largest_target(datasets)
+    return utilisation_of(memory_report.setup_of(job.config, job.spec, architecture, largest), largest, device)
 
 
 def _validating(job: Job, architecture: Path, largest: Size) -> int | None:

@@ -87,6 +87,7 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     texts = cache_texts(job, captions, plan.prepared, model, accelerator.device)
     run = assembly.create_run(job.config, job.spec, model, job.adapter, accelerator, ending.steps, processes)
     run.requests = requests
+    run.utilisation = planning.utilisation(job, model / "unet" / "config.json", datasets, accelerator.device)
     if plan.checkpoint:
         _resume(run, job, plan.checkpoint, ending)
     assembly.start_tracker(accelerator, job.config, job.options["options"])

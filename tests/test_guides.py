@@ -22,7 +22,7 @@ from helpers.config.families import MODEL_TYPES
 from helpers.config.inference import STAGES, model_name, read_request
 from helpers.config.inference_options import INFERENCE_ROWS, SCHEDULES, InferenceOptions
 from helpers.config.load import load, read_flags
-from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS
+from helpers.config.options import GROUPS, LAUNCH_ROWS, ROWS, LaunchOptions
 from helpers.config.paths import ROOT
 from helpers.inference.placement import GB
 from helpers.inference.plan import plan, text_place
@@ -73,7 +73,7 @@ def test_every_value_that_a_page_gives_an_export_is_one_that_it_takes(page):
     for export, value in given:
         row = EXPORTS[export]
         if export not in row.switches:
-            GROUPS[row.group].model_validate({row.name: value})
+            {**GROUPS, "launch": LaunchOptions}[row.group].model_validate({row.name: value})
 
 
 def test_the_guides_know_every_flavour_and_model_type():
@@ -184,6 +184,15 @@ def test_the_memory_that_the_guide_calls_measured_is_what_the_benchmark_measured
     names = [f"{model} {kind} b4{end}" for kind in ("lora", "full") for end in ("", " checkpointed")]
     assert [f"{cases[name]['peak_gb']:.1f}" if name in cases else "" for name in names] == figures
     assert all(not case["shrunk"] for case in cases.values())
+
+
+def test_the_speeds_that_the_guide_tells_are_those_that_the_benchmark_measured():
+    cases = json.loads((ROOT / "benchmarks" / "results" / "gpu_train.json").read_text("utf-8"))["cases"]
+    rows = dict(zip(("", " compiled", " compiled for reduce-overhead"), rows_of("| a batch of 4, ms a step")))
+    for words, (_, milliseconds, images) in rows.items():
+        assert milliseconds == f"{1000 * cases[f'I-M lora b4{words}']['seconds_a_step']:.0f}"
+        case = cases.get(f"I-M lora b64{words}")
+        assert images == (f"{case['samples_a_second']:.0f}" if case else "")
 
 
 def test_the_commands_of_the_guide_to_pictures_are_what_its_options_take():

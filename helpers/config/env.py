@@ -132,6 +132,10 @@ def _launch_options(environ: Mapping[str, str], problems: list[str]) -> LaunchOp
     if launch.num_machines > 1:
         words = f"found {launch.num_machines}, but all processes train on one machine: set it to 1"
         problems.append(f"{LAUNCH_ROWS['num_machines'].label}: {words}")
+    if launch.dynamo_mode != "default" and not launch.compiles:
+        backend = LAUNCH_ROWS["dynamo_backend"].exports[0]
+        words = f"found {launch.dynamo_mode} without {backend}, which decides whether to compile: set that to inductor"
+        problems.append(f"{LAUNCH_ROWS['dynamo_mode'].label}: {words}")
     return launch
 
 
@@ -155,11 +159,12 @@ def _accelerate(launch: LaunchOptions, extra: Sequence[str], config: Config) -> 
 
     It would load torch a second time, and turn every exit code of the trainer into 1 behind a traceback of its own.
     """
-    if not extra and launch.dynamo_backend.lower() == "no":
+    if not extra and not launch.compiles:
         return [] if launch.num_processes == 1 else ["-m", "helpers.launch", str(launch.num_processes)]
     return [
         "-m", "accelerate.commands.launch", "--quiet", f"--num_processes={launch.num_processes}", "--num_machines=1",
-        f"--mixed_precision={config.training.mixed_precision}", f"--dynamo_backend={launch.dynamo_backend}", *extra,
+        f"--mixed_precision={config.training.mixed_precision}", f"--dynamo_backend={launch.dynamo_backend}",
+        f"--dynamo_mode={launch.dynamo_mode}", *extra,
     ]
 
 

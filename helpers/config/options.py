@@ -444,11 +444,20 @@ class LaunchOptions(Group):
     num_machines: Whole = option(
         1, export="TRAINING_NUM_MACHINES", ge=1, help="Machines to train with: 1.")
     dynamo_backend: str = option(
-        "no", export="TRAINING_DYNAMO_BACKEND", help="The backend of torch.compile that accelerate is told.")
+        "no", export="TRAINING_DYNAMO_BACKEND",
+        help="Compile the model with this backend of torch.compile: inductor, for long runs on a GPU. The first step"
+             " then takes two to three minutes, and the first of each image size some of that again.")
+    dynamo_mode: Literal["default", "reduce-overhead", "max-autotune"] = option(
+        "default", export="TRAINING_DYNAMO_MODE",
+        help="How it compiles: reduce-overhead records CUDA graphs, which are the fastest for small batches.")
     accelerate_args: str = option(
         "", export="ACCELERATE_EXTRA_ARGS", help="More words for `accelerate launch`, quoted as in a shell.")
     trainer_args: str = option(
         "", export="TRAINER_EXTRA_ARGS", help="More flags for the trainer, quoted as in a shell.")
+
+    @property
+    def compiles(self) -> bool:
+        return self.dynamo_backend.lower() != "no"
 
 
 class Config(BaseModel):

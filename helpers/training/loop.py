@@ -27,6 +27,7 @@ from helpers.training.optimizers import restore_state, set_rate
 from helpers.training.requests import Requests
 from helpers.training.schedules import LearningRate
 from helpers.training.step import training_loss
+from helpers.training.utilisation import Utilisation
 
 REPORT_SECONDS = 0.5
 LEAST_SCALE = 1.0
@@ -58,6 +59,7 @@ class Run:
     position: Position = field(default_factory=lambda: Position(0, 0))
     skipped_in_a_row: int = 0  # the steps just done whose loss or gradient was not finite
     requests: Requests = field(default_factory=Requests)
+    utilisation: Utilisation | None = None  # told in the progress line, where it is known
 
     @property
     def total_steps(self) -> int:
@@ -310,7 +312,7 @@ class Progress:
         self.run = run
         self.bar = tqdm(total=run.total_steps, initial=run.step, unit="step", desc="Training", dynamic_ncols=True)
         self.waiting: list[tuple[int, float, torch.Tensor]] = []
-        self.samples = 0
+        self.samples = self.operations = 0
         self.drawn = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -328,6 +330,8 @@ class Progress:
         if not self.run.skipped_in_a_row:
             self.waiting.append((self.run.step, rate, losses.mean()))
             self.samples += sum(one.images for one in passes)
+            if self.run.utilisation:
+                self.operations += self.run.utilisation.operations(passes)
         if time.monotonic() - self.drawn >= REPORT_SECONDS or self.run.finished:
             self.draw()
 
@@ -340,6 +344,9 @@ class Progress:
         with curves(self.run):
             for (step, rate, _), loss in zip(waiting, losses):
                 self.run.accelerator.log({"train/loss": loss, "train/learning_rate": rate}, step=step)
-        self.bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {rate:.2e}, {self.samples / seconds:.1f} samples/s", False)
+        words = [f"loss {losses[-1]:.4f}", f"lr {rate:.2e}", f"{self.samples / seconds:.1f} samples/s"]
+        if self.run.utilisation:
+            words.append(f"MFU {self.run.utilisation.share(self.operations, seconds):.0%}")
+        self.bar.set_postfix_str(", ".join(words), False)
         self.bar.update(waiting[-1][0] - self.bar.n)
-        self.samples, self.drawn = 0, time.monotonic()
+        self.samples, self.operations, self.drawn = 0, 0, time.monotonic()

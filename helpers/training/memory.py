@@ -101,7 +101,7 @@ class Memory:
 
 def estimate(setup: Setup) -> Memory:
     """The memory of a step of a run that is under way."""
-    denoiser = _without_data(setup)
+    denoiser = without_data(setup)
     trained = trainable_parameters(denoiser)
     weights = sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers()))
     gradients = sum(parameter.nbytes for parameter in trained)
@@ -132,7 +132,7 @@ class Saved:
 
 def saved(setup: Setup) -> Saved:
     """What a run of this setup saves, but for the headers of its files."""
-    denoiser = _without_data(setup)
+    denoiser = without_data(setup)
     trained = trainable_parameters(denoiser)
     average = sum(4 * parameter.numel() for parameter in trained) if setup.ema else 0
     return Saved(
@@ -142,7 +142,8 @@ def saved(setup: Setup) -> Saved:
     )
 
 
-def _without_data(setup: Setup) -> Denoiser:
+def without_data(setup: Setup) -> Denoiser:
+    """The model of a run on the meta device, with what is trained attached."""
     with META:
         try:
             unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(setup.architecture))
@@ -171,17 +172,17 @@ def _pass(denoiser: Denoiser, setup: Setup) -> Ledger:
     ledger = Ledger(denoiser.parameters())
     for parameter in trainable_parameters(denoiser):
         parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
-    objective = _objective(setup.trains_variance and denoiser.unet.config.out_channels == 2 * setup.channels)
     with ledger, META:
         with AsOnCuda(setup.autocast):
-            loss = _loss(denoiser, objective, setup)
+            loss = loss_without_data(denoiser, setup)
         loss.backward()
     return ledger
 
 
-def _loss(denoiser: Denoiser, objective: EpsilonObjective, setup: Setup) -> Tensor:
-    """That of `step.training_loss`, of tensors without data."""
+def loss_without_data(denoiser: Denoiser, setup: Setup) -> Tensor:
+    """That of `step.training_loss`, of tensors on the meta device."""
     config, count = denoiser.unet.config, setup.batch_size
+    objective = _objective(setup.trains_variance and config.out_channels == 2 * setup.channels)
     width = config.encoder_hid_dim or config.cross_attention_dim
     x, x_t, noise = (torch.empty(count, setup.channels, setup.size.height, setup.size.width) for _ in range(3))
     low_res = torch.empty(count, config.in_channels - setup.channels, setup.size.height, setup.size.width)
@@ -206,7 +207,8 @@ def _control(denoiser: Denoiser, setup: Setup) -> Tensor | None:
 
 def _objective(trains_variance: bool) -> EpsilonObjective:
     """The loss, on any schedule: its numbers make no difference."""
-    schedule = schedule_from_betas(torch.linspace(1e-4, 0.02, 1000))
+    with torch.device("cpu"):  # a schedule has values
+        schedule = schedule_from_betas(torch.linspace(1e-4, 0.02, 1000))
     return EpsilonObjective(schedule, trains_variance, torch.ones(schedule.timesteps)).to(META)
 
 

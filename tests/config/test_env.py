@@ -61,7 +61,14 @@ def test_accelerate_is_used_only_for_what_needs_it(environ, exports):
     assert any(next(iter(exports.values())).split()[-1] in word for word in launched)
 
 
+def test_the_mode_of_the_compiler_reaches_accelerate(environ):
+    exports = {"TRAINING_DYNAMO_BACKEND": "inductor", "TRAINING_DYNAMO_MODE": "reduce-overhead"}
+    assert "--dynamo_mode=reduce-overhead" in command_line([], environ | exports, NOTHING, "python")
+
+
 @pytest.mark.parametrize("exports, words", [
+    ({"TRAINING_DYNAMO_BACKEND": "inductor", "TRAINING_DYNAMO_MODE": "fast"}, "TRAINING_DYNAMO_MODE: found 'fast'"),
+    ({"TRAINING_DYNAMO_MODE": "reduce-overhead"}, "found reduce-overhead without TRAINING_DYNAMO_BACKEND"),
     ({"USE_XFORMERS": "maybe"}, "found 'maybe' in export USE_XFORMERS, needs true or false"),
     ({"USE_XFORMERS": "true", "ATTENTION_MECHANISM": "sdpa"}, "contradict each other"),
     ({"MINIMUM_RESOLUTION": "64", "MINIMUM_IMAGE_SIZE": "72"}, "contradict each other"),
