@@ -34,8 +34,9 @@ from helpers.caching.pixels import PixelCache, pixel_key
 from helpers.data.collate import Buffer, CachedPixels, Collator, Source
 from helpers.data.dataset import Dataset, plan_images
 from helpers.data.preparation import prepare_captions
+from helpers.data.records import Columns, Records
 from helpers.data.sampler import Sampler
-from helpers.data.scan import Captions, Record, Scan, scan
+from helpers.data.scan import Captions, Scan, scan
 from helpers.images.downsampling import steps
 from helpers.images.geometry import Rules, crop_box, plans
 from helpers.models.text import T5
@@ -135,14 +136,14 @@ class _Store:
         captions = [f"A photograph of subject {number}" for number in range(samples)]
         self.prepared = prepare_captions(T5(), captions)
         self.texts = [self.prepared[caption] for caption in captions]
-        records = tuple(_record(number, caption) for number, caption in enumerate(captions))
+        records = _records(captions)
         self.dataset: Dataset = plan_images("cached", Path("/images"), RULES, Scan(records, (), ()))
         self.pixels = PixelCache(folder / "pixels")
         self._fill_pixels(records)
         self.embeds = EmbedCache(folder / "text", FINGERPRINT)
         self.embeds.build(self.prepared.values(), self._encode, len, BATCH)
 
-    def _fill_pixels(self, records: Sequence[Record]) -> None:
+    def _fill_pixels(self, records: Records) -> None:
         draw = np.random.default_rng(0)
         with self.pixels.store.writer() as writer:
             for record in records:
@@ -153,8 +154,11 @@ class _Store:
         return torch.randn(len(texts), TOKENS, self.width).bfloat16()
 
 
-def _record(number: int, caption: str) -> Record:
-    return Record("cached", Path(f"/images/{number}.jpg"), f"{number:064x}", Size(4000, 3000), (caption,))
+def _records(captions: Sequence[str]) -> Records:
+    columns = Columns("cached", Path("/images"))
+    for number, caption in enumerate(captions):
+        columns.add(b"%d.jpg" % number, number.to_bytes(32, "big"), Size(4000, 3000), (caption,))
+    return Records(columns)
 
 
 def _plain_sample(path: Path, rules: Rules) -> np.ndarray:

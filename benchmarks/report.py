@@ -146,6 +146,33 @@ def scaling(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def scanning(result: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            f"{own['images']:,}",
+            number(own["first_scan_seconds"]),
+            f"{own['opened_after_cut']['after']:,}",
+            number(own["second_start_seconds"]["scan"]),
+            number(own["second_start_seconds"]["all"]),
+            number(own["bytes_an_image"]["scan"]),
+            number(own["bytes_an_image"]["scan with captions"]),
+            number(own["bytes_an_image"]["plan and epoch"]),
+            number(own["bytes_an_image"]["cache"]),
+            number(own["bytes_an_image"]["peak"]),
+        ]
+        for own in result["datasets"]
+    ]
+    head = ["images", "first scan, s", "opened again after a cut in its middle", "second scan, s", "second start, s",
+            "bytes an image", "with its caption", "planned, besides", "in a cache's list", "at most while scanning"]
+    minutes, seconds = result["first_scan_of_a_million_minutes"], result["second_start_of_a_million_seconds"]
+    return (
+        f"{table(head, rows)}\n\nA second start is its scan and all else that is done for each image before the weights"
+        f" load. At the rates of the last row a million images take {number(minutes)} minutes to scan by"
+        f" {result['workers']} threads, and {number(seconds)} seconds in a second start. There an image takes"
+        f" {number(result['linear'])} times the first scan's seconds of the first row."
+    )
+
+
 def conditioning(result: Mapping[str, Any]) -> str:
     return (
         f"A tiny stage II after {result['steps']:,} steps on the same batches, on pictures that it never saw: shown its"
@@ -159,6 +186,7 @@ SECTIONS: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = (
     ("Stable Diffusion beside diffusers' example", "versus_diffusers_sd", contest),
     ("Training on a GPU", "gpu_train", training),
     ("Images and captions", "data", data),
+    ("Scanning a large dataset", "scan", scanning),
     ("Large datasets, high ranks", "scaling", scaling),
     ("The loop itself", "step_overhead", overhead),
     ("How stage II is shown its image", "stage2_conditioning", conditioning),

@@ -15,7 +15,7 @@ from helpers.config.backends import ImageBackend
 from helpers.config.paths import portable, portable_model
 from helpers.data.dataset import Dataset
 from helpers.data.preparation import TextCaches
-from helpers.data.scan import Record
+from helpers.data.records import Record
 from helpers.files import content_hash, on_one_line, printable
 from helpers.models.denoiser import Denoiser
 from helpers.planning import Job

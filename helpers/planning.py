@@ -333,7 +333,7 @@ def tell_memory(job: Job, architecture: Path | None, datasets: Sequence[Dataset]
 
 def largest_target(datasets: Sequence[Dataset]) -> Size:
     """The size of the most pixels that images are cropped to."""
-    targets = {plan.target for dataset in datasets for plans in dataset.plans for plan in plans}
+    targets = {plan.target for dataset in datasets for plans, _ in dataset.plans.counted() for plan in plans}
     return max(targets, key=lambda size: size.width * size.height)
 
 

@@ -83,8 +83,7 @@ def _prepare_and_train(plan: Plan, requests: Requests) -> int:
     sampler = job.sampler(datasets)
     ending = job.ending(sampler)
     processes.first_does(lambda: _open_output(job))
-    captions = [dataset.captions() for dataset in datasets]
-    texts = cache_texts(job, captions, plan.prepared, model, accelerator.device)
+    texts = cache_texts(job, [dataset.captions() for dataset in datasets], plan.prepared, model, accelerator.device)
     run = assembly.create_run(job.config, job.spec, model, job.adapter, accelerator, ending.steps, processes)
     run.requests = requests
     run.utilisation = planning.utilisation(job, model / "unet" / "config.json", datasets, accelerator.device)

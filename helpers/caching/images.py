@@ -61,14 +61,26 @@ class ImageCache:
         self._failures = _read_failures(self._failures_path)
         self._made_path = folder / "made.jsonl"
 
-    def missing(self, jobs: Iterable[Job]) -> list[Job]:
-        """Those jobs, one per key, that are neither cached nor known to fail."""
-        unique = {job.key: job for job in jobs}
-        return [job for key, job in unique.items() if key not in self.store and key not in self._failures]
-
     def failures(self, jobs: Iterable[Job]) -> dict[Path, str]:
         """The files among the jobs that are known to fail, with the reason."""
-        return {job.path: self._failures[job.key] for job in jobs if job.key in self._failures}
+        return _reasons(self._looked_up(jobs).failing, self._failures)
+
+    def _looked_up(self, jobs: Iterable[Job]) -> _LookedUp:
+        """Of a million jobs most are cached: those are counted, and the others kept."""
+        are_cached, missing, failing = bytearray(len(self.store)), {}, {}
+        not_readable: set[str] = set()
+        for job in jobs:
+            key = job.key
+            number = self.store.number(key)
+            if number is not None:
+                are_cached[number] = True
+            if key in self._failures:
+                failing.setdefault(key, []).append(job)
+                if number is None:
+                    not_readable.add(key)
+            elif number is None:
+                missing.setdefault(key, []).append(job)
+        return _LookedUp(are_cached.count(True), missing, failing, len(not_readable))
 
     def build(
         self,
@@ -88,12 +100,11 @@ class ImageCache:
         Args:
             made_of: the records of decoded images, in any order; the images themselves unless given.
         """
-        jobs = list(jobs)
-        todo = self.missing(jobs)
-        tqdm.write(f"{name}: {self._plan(jobs, todo)}")
-        todo = [job for job in todo if mine is None or mine(job.key)]
+        found = self._looked_up(jobs)
+        tqdm.write(f"{name}: {self._plan(found)}")
+        todo = [same[-1] for key, same in found.missing.items() if mine is None or mine(key)]
         passing = self._decode(todo, workers or cores(), made_of) if todo else {}
-        return self.failures(jobs) | {job.path: passing[job.key] for job in jobs if job.key in passing}
+        return _reasons(found.failing | found.missing, self._failures | passing)
 
     def _decode(
         self, jobs: list[Job], workers: int, made_of: Callable[[Decoded], Decoded] = iter
@@ -116,16 +127,15 @@ class ImageCache:
         self._remember_failures()
         return passing
 
-    def _plan(self, jobs: Sequence[Job], todo: Sequence[Job]) -> str:
+    def _plan(self, found: _LookedUp) -> str:
         """How many images are cached, how many have to be decoded, and why, in words."""
-        keys = {job.key for job in jobs}
-        failing = len(keys & self._failures.keys() - set(self.store))
-        words = f"{len(keys) - len(todo) - failing:,} images cached before, {len(todo):,} to decode"
+        todo = [same[-1] for same in found.missing.values()]
+        words = f"{found.cached:,} images cached before, {len(todo):,} to decode"
         if todo:
-            history, damaged = _read_history(self._made_path), self.store.damaged_keys()
+            history, damaged = _read_history(self._made_path, todo), self.store.damaged_keys()
             reasons = Counter(self._why(job, history, damaged) for job in todo)
             words += ": " + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
-        return words + (f"; {failing:,} known not to be readable" if failing else "")
+        return words + (f"; {found.not_readable:,} known not to be readable" if found.not_readable else "")
 
     def _why(self, job: Job, history: _History, damaged: set[str]) -> str:
         """Why an image is not cached: what is different from what was cached before."""
@@ -155,6 +165,23 @@ class ImageCache:
             self._failures = _read_failures(self._failures_path) | self._failures  # others may have added some
             content = json.dumps({"pillow": PIL.__version__, "reasons": self._failures}, indent=1)
             write_whole(self._failures_path, content.encode())
+
+
+class _LookedUp(NamedTuple):
+    """Which of some jobs, by their keys, are neither cached nor known to fail, which fail, and how many are cached.
+
+    `not_readable` counts the keys that fail and are not cached either.
+    """
+
+    cached: int
+    missing: dict[str, list[Job]]
+    failing: dict[str, list[Job]]
+    not_readable: int
+
+
+def _reasons(jobs: Mapping[str, Sequence[Job]], reasons: Mapping[str, str]) -> dict[Path, str]:
+    """The files of those jobs that fail."""
+    return {job.path: reasons[key] for key, same in jobs.items() if key in reasons for job in same}
 
 
 def _decoded(job: Job) -> np.ndarray | Unreadable:
@@ -203,22 +230,29 @@ def _read_failures(path: Path) -> dict[str, str]:
 
 
 class _History(NamedTuple):
-    """What was ever cached in a folder: its keys, the methods by content, and the files that it came from."""
+    """What was ever cached of some jobs: their keys, the methods by content, and the files that it came from."""
 
     keys: set[str]
     methods: dict[str, set[str]]
     paths: set[str]
 
 
-def _read_history(path: Path) -> _History:
+def _read_history(path: Path, jobs: Sequence[Job]) -> _History:
     """From the notes of earlier builds; lines that an interruption or a bad disk broke are skipped."""
     history = _History(set(), {}, set())
-    for line in path.read_bytes().splitlines() if path.exists() else ():
-        try:
-            source, content, _, method, key = map(str, json.loads(line))
-        except (ValueError, TypeError, RecursionError):
-            continue
-        history.keys.add(key)
-        history.methods.setdefault(content, set()).add(method)
-        history.paths.add(source)
+    if not path.exists():
+        return history
+    keys, contents, paths = {job.key for job in jobs}, {job.content for job in jobs}, {str(job.path) for job in jobs}
+    with path.open("rb") as lines:
+        for line in lines:
+            try:
+                source, content, _, method, key = map(str, json.loads(line))
+            except (ValueError, TypeError, RecursionError):
+                continue
+            if key in keys:
+                history.keys.add(key)
+            if content in contents:
+                history.methods.setdefault(content, set()).add(method)
+            if source in paths:
+                history.paths.add(source)
     return history

@@ -26,6 +26,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from helpers.caching.places import Place, Places
 from helpers.files import delete_stale_partials, write_whole
 
 FORMAT = "shards-1"
@@ -34,7 +35,7 @@ SHARD_RECORDS = 4096
 
 _NAME_LENGTH = 40  # 160 bits of SHA-256, the fastest of the strong hashes where the CPU has instructions for it
 _SHARD_NAME = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}\.safetensors")
-_KEY = re.compile(r"[0-9a-f]{8,}")
+_KEY = re.compile(r"[0-9a-f]{32}")
 _SHARE_OF_MEMORY = 0.25  # a store of less stays in the page cache once it was read
 _OPEN_FILES = 256  # shards that stay mapped; far below the usual limit of 1,024 open files for a process
 
@@ -43,15 +44,8 @@ class DamagedShard(Exception):
     """A shard that changed while it was in use; the message names it."""
 
 
-class _Place(NamedTuple):
-    shard: Path
-    offset: int
-    nbytes: int
-    shape: tuple[int, ...]
-
-
 class ShardStore:
-    """The records of a folder that were made by one recipe: key (lower-case hex) -> array.
+    """The records of a folder that were made by one recipe: key (32 lower-case hex digits) -> array.
 
     Every shard is verified against its name when the store is opened, at the speed of hashing (about 1.7 GB/s a
     core). Shards that fail are in `damaged` and their records count as missing, so that they are made again;
@@ -63,10 +57,10 @@ class ShardStore:
         self.folder = folder
         # One entry: the library writes several in an order of chance, and the same records would make another shard.
         self._metadata = {"floydtuner": json.dumps({"format": FORMAT, "recipe": dict(recipe)}, sort_keys=True)}
-        self._places: dict[str, _Place] = {}
+        self._places = Places()
         self._maps: dict[Path, mmap.mmap] = {}
         self._nbytes = 0
-        self._announced: set[str] = set()
+        self._announced = bytearray()  # by number of a place
         self.damaged: tuple[Path, ...] = ()
         self.foreign: tuple[Path, ...] = ()
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +69,7 @@ class ShardStore:
 
     def refresh(self) -> None:
         """Take up the shards that others have published since the store was opened."""
-        known = {*self.damaged, *self.foreign, *(place.shard for place in self._places.values())}
+        known = {*self.damaged, *self.foreign, *self._places.shards}
         paths = (path for path in self.folder.iterdir() if _SHARD_NAME.fullmatch(path.name) and path not in known)
         self._open_shards(sorted(paths))
 
@@ -85,25 +79,23 @@ class ShardStore:
             for path, header in zip(paths, pool.map(_verified_header, paths)):
                 if header is None:
                     damaged += [path] if path.exists() else []  # another run may have deleted a damaged one just now
-                elif header.get("__metadata__") != self._metadata:
+                elif header.content.get("__metadata__") != self._metadata:
                     foreign.append(path)
                 else:
-                    self._add_shard(path)
+                    self._add_shard(path, header)
         self.damaged, self.foreign = (*self.damaged, *damaged), (*self.foreign, *foreign)
 
-    def _add_shard(self, path: Path) -> None:
-        header, data_start = _read_header(path)
-        shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # most records share few shapes: keep one of each
-        for key, entry in header.items():
-            if key != "__metadata__":
+    def _add_shard(self, path: Path, header: _Header) -> None:
+        for key, entry in header.content.items():
+            if _KEY.fullmatch(key):
                 start, end = entry["data_offsets"]
-                shape = tuple(entry["shape"])
-                place = _Place(path, data_start + start, end - start, shapes.setdefault(shape, shape))
-                self._places.setdefault(key, place)
+                place = Place(path, header.data_start + start, end - start, tuple(entry["shape"]))
+                self._places.add(key, place)
                 self._nbytes += place.nbytes
+        self._announced.extend(bytes(len(self._places) - len(self._announced)))
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places
+        return isinstance(key, str) and self._places.find(key) is not None
 
     def __len__(self) -> int:
         return len(self._places)
@@ -112,7 +104,17 @@ class ShardStore:
         return iter(self._places)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._places[key].shape
+        return self._places[self._number(key)].shape
+
+    def number(self, key: str) -> int | None:
+        """The place of a record in the order of all, from 0; None if there is none."""
+        return self._places.find(key)
+
+    def _number(self, key: str) -> int:
+        number = self._places.find(key)
+        if number is None:
+            raise KeyError(key)
+        return number
 
     def view(self, key: str) -> np.ndarray:
         """The record's bytes as a flat, read-only uint8 array over the shard's memory map.
@@ -121,7 +123,7 @@ class ShardStore:
             KeyError: the store has no such record.
             DamagedShard: the file became shorter since it was verified.
         """
-        shard, offset, nbytes, _ = self._places[key]
+        shard, offset, nbytes, _ = self._places[self._number(key)]
         content = np.frombuffer(self._mapped(shard), np.uint8)[offset : offset + nbytes]
         if content.nbytes < nbytes:
             raise DamagedShard(f"{shard} became shorter while it was in use: start again, and it is made again")
@@ -136,11 +138,12 @@ class ShardStore:
         records of a store that will stay in memory, as it is small beside the machine's, are announced once.
         """
         for key in keys:
-            if key in self._announced:
+            number = self._number(key)
+            if self._announced[number]:
                 continue
             if self._nbytes < _memory() * _SHARE_OF_MEMORY:
-                self._announced.add(key)
-            shard, offset, nbytes, _ = self._places[key]
+                self._announced[number] = True
+            shard, offset, nbytes, _ = self._places[number]
             start = offset - offset % mmap.PAGESIZE
             self._mapped(shard).madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)
 
@@ -163,7 +166,7 @@ class ShardStore:
         with locked(self.folder, fcntl.LOCK_SH):
             write_whole(shard, content)
         self.damaged = tuple(path for path in self.damaged if path != shard)  # made again, byte for byte
-        self._add_shard(shard)
+        self._add_shard(shard, _read_header(shard))
 
     def damage(self) -> str:
         """What to tell the user of the damaged shards; "" if there are none."""
@@ -231,7 +234,7 @@ class Writer:
     def add(self, key: str, array: np.ndarray | torch.Tensor) -> None:
         """Take a copy of `array`; the caller may reuse its memory."""
         if not _KEY.fullmatch(key):
-            raise ValueError(f"{key!r} is not a lower-case hex key")
+            raise ValueError(f"{key!r} is not a lower-case hex key of 32 digits")
         if key in self._store or key in self._records:
             return
         tensor = _own_copy(array)
@@ -273,11 +276,17 @@ def _own_copy(array: np.ndarray | torch.Tensor) -> torch.Tensor:
     return array.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _read_header(path: Path) -> tuple[dict, int]:
+class _Header(NamedTuple):
     """The JSON header of a safetensors file, and the byte at which its data starts."""
+
+    content: dict
+    data_start: int
+
+
+def _read_header(path: Path) -> _Header:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length)), 8 + length
+        return _Header(json.loads(file.read(length)), 8 + length)
 
 
 def claimed_records(folder: Path) -> Iterator[tuple[Mapping[str, str], list[str]]]:
@@ -298,19 +307,19 @@ def _claimed_header(path: Path) -> dict:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-        header = _read_header(path)[0] if length < path.stat().st_size else {}
+        header = _read_header(path).content if length < path.stat().st_size else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return header if isinstance(header, dict) else {}
 
 
-def _verified_header(path: Path) -> dict | None:
+def _verified_header(path: Path) -> _Header | None:
     """The shard's header; None if it is damaged, or gone. A disk that cannot be read raises OSError: no verdict."""
     try:
         if _checksum(path) != path.stem:
             return None
         with safe_open(path, "numpy"):  # a cache of someone else's may hold anything under the name of its hash
-            return _read_header(path)[0]
+            return _read_header(path)
     except (FileNotFoundError, SafetensorError):
         return None
 

@@ -15,6 +15,13 @@ LONG_WORD = re.compile(r"(\S{1000})\S+")
 """What is no word: on a million letters without a space the cleaning would take days, its time being quadratic."""
 
 
+PLAIN = re.compile(r"(?:[a-z]+(?:'[a-z]+)*|[0-9]{1,5})(?:[,.;:]? (?:[a-z]+(?:'[a-z]+)*|[0-9]{1,5}))*\.?")
+"""Words and numbers with the punctuation of sentences: of those the cleaning leaves as they are all but `SPECIAL`."""
+
+SPECIAL = re.compile(r"shipping|download|\bclick\b|\bpage\b|\b(?:png|jpe?g|bmp|webp|eps|pdf|apk)|[a-z']{1000}")
+"""What the cleaning erases of such, as names of formats, and words that are no words."""
+
+
 def clean(caption: str) -> str:
     """Lower case, without links, markup and the like, by the cleaning of diffusers' IF pipelines, which runs it twice.
 
@@ -29,6 +36,10 @@ def clean(caption: str) -> str:
     import ftfy  # noqa: F401
     from diffusers import IFPipeline
 
+    lowered = caption.strip().lower()
+    # A plain caption stays as it is: to see that takes 2 us, to clean it 0.4 ms.
+    if len(caption) <= LONGEST_TEXT and is_plain(lowered):
+        return lowered
     # The method reads one constant of its class and no weights, so an instance without parts is enough.
     pipeline = IFPipeline.__new__(IFPipeline)
     readable = LONG_WORD.sub(r"\1", caption[:LONGEST_TEXT])
@@ -38,6 +49,11 @@ def clean(caption: str) -> str:
         return pipeline._text_preprocessing(readable, clean_caption=True)[0]
 
 
+def is_plain(caption: str) -> bool:
+    """Whether a caption of lower case is certain to stay as it is."""
+    return bool(PLAIN.fullmatch(caption)) and not SPECIAL.search(caption)
+
+
 def erased_words(caption: str, cleaned: str) -> set[str]:
     """The words of a caption, in lower case, that its cleaned form lacks: a trigger word among them cannot be learned.
 
@@ -45,6 +61,8 @@ def erased_words(caption: str, cleaned: str) -> set[str]:
     write their subjects: it is taken for markup only where `</sks>` follows or HTML has such a tag without an end.
     """
     text = caption[:LONGEST_TEXT].lower()
+    if text == cleaned:
+        return set()
     markup = VOID_TAGS | set(re.findall(r"</([\w-]+)>", text))
     text = re.sub(r"<([\w-]+)>", lambda tag: " " if tag[1] in markup else f" {tag[1]} ", text)
     written = re.sub(r"<[^<>]*>|https?:\S+|@\S+", " ", text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import os
 import stat
 from pathlib import Path
 
@@ -24,7 +26,7 @@ class MissingCaption(Exception):
 
 
 def captions_for(
-    path: Path,
+    path: Path | str,
     strategy: str,
     instance_prompt: str | None = None,
     prepend_instance_prompt: bool = False,
@@ -49,12 +51,20 @@ def captions_for(
         raise MissingCaption("instance_prompt is empty")
     if only_instance_prompt or strategy == "instanceprompt":
         return (prompt,)
-    captions = _from_filename(path) if strategy == "filename" else _from_textfile(path.with_suffix(".txt"))
+    folder, name = os.path.split(path)
+    stem = _stem(name)
+    captions = _from_filename(stem) if strategy == "filename" else _from_textfile(os.path.join(folder, stem + ".txt"))
     return tuple(f"{prompt} {caption}" for caption in captions) if prepend_instance_prompt else captions
 
 
-def _from_filename(path: Path) -> tuple[str, ...]:
-    caption = path.stem.replace("_", " ").strip()
+def _stem(name: str) -> str:
+    """As `Path.stem`; to make a million paths takes longer than all else about their captions."""
+    dot = name.rfind(".")
+    return name[:dot] if 0 < dot < len(name) - 1 else name
+
+
+def _from_filename(stem: str) -> tuple[str, ...]:
+    caption = stem.replace("_", " ").strip()
     if not caption:
         raise MissingCaption("its name holds no words")
     if not caption.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in caption):
@@ -62,27 +72,31 @@ def _from_filename(path: Path) -> tuple[str, ...]:
     return (caption,)
 
 
-def _from_textfile(path: Path) -> tuple[str, ...]:
-    name = printable(path.name)
+def _from_textfile(path: str) -> tuple[str, ...]:
     try:
         text = _read(path)
     except FileNotFoundError as error:
-        raise MissingCaption(f"there is no {name}") from error
+        raise MissingCaption(f"there is no {_named(path)}") from error
     except UnicodeDecodeError as error:
-        raise MissingCaption(f"{name} {NOT_UTF8}") from error
+        raise MissingCaption(f"{_named(path)} {NOT_UTF8}") from error
     except OSError as error:
-        raise MissingCaption(f"{name} cannot be read: {error.strerror}") from error
-    captions = tuple(line for line in map(str.strip, text.splitlines()) if line)
+        raise MissingCaption(f"{_named(path)} cannot be read: {error.strerror}") from error
+    captions = tuple([line for line in map(str.strip, text.splitlines()) if line])
     if not captions:
-        raise MissingCaption(f"{name} is empty")
+        raise MissingCaption(f"{_named(path)} is empty")
     return captions
 
 
-def _read(path: Path) -> str:
-    found, name = path.stat(), printable(path.name)
+def _named(path: str) -> str:
+    return printable(os.path.basename(path))
+
+
+def _read(path: str) -> str:
+    found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise MissingCaption(f"{name} is not a regular file")
+        raise MissingCaption(f"{_named(path)} is not a regular file")
     if found.st_size > MAX_BYTES:
-        raise MissingCaption(f"{name} is larger than {MAX_BYTES} bytes")
-    # Windows editors put a byte order mark before UTF-8; it is no part of the caption.
-    return path.read_text(encoding="utf-8-sig")
+        raise MissingCaption(f"{_named(path)} is larger than {MAX_BYTES} bytes")
+    with open(path, "rb", buffering=0) as file:
+        # Windows editors put a byte order mark before UTF-8; it is no part of the caption.
+        return file.readall().removeprefix(codecs.BOM_UTF8).decode("utf-8")

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +28,8 @@ from helpers.config.jsonfile import load_json
 from helpers.data.dataset import Dataset, plan_dataset
 from helpers.data.pairing import UNPAIRED, pair, without_controls
 from helpers.data.preparation import cached_sizes, scan_backend
-from helpers.data.scan import NO_CAPTION, LeftOut, Record, Scan
+from helpers.data.records import Record
+from helpers.data.scan import NO_CAPTION, LeftOut, Scan
 from helpers.files import on_one_line, printable
 from helpers.images.geometry import MAX_ASPECT, Plan
 from helpers.images.loading import Unreadable, load, transparent_share
@@ -341,9 +342,11 @@ def _paired(dataset: Dataset, conditioning: ConditioningBackend | None) -> tuple
     return dataset, partners.notes + notes
 
 
-def _looks(all_jobs: Sequence[PixelJob], dataset_id: str) -> dict[str, _Look]:
+def _looks(all_jobs: Iterable[PixelJob], dataset_id: str) -> dict[str, _Look]:
     """Each content, decoded once at the first size that it is trained from."""
-    jobs = {job.content: job for job in reversed(all_jobs)}
+    jobs: dict[str, PixelJob] = {}
+    for job in all_jobs:
+        jobs.setdefault(job.content, job)
     workers = cores()
     with ThreadPoolExecutor(workers) as threads:
         results = in_order(threads, _look, jobs.values(), window=4 * workers)

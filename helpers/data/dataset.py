@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
+import numpy as np
+
 from helpers.caching.latents import LatentJob
 from helpers.caching.pixels import PixelJob
 from helpers.config.backends import ImageBackend
-from helpers.data.scan import DatasetError, LeftOut, Record, Scan
+from helpers.data import records
+from helpers.data.plans import Plans
+from helpers.data.records import Record
+from helpers.data.scan import DatasetError, LeftOut, Scan
 from helpers.files import printable
 from helpers.images.geometry import Plan, Rules, crop_box, plans, refusal
 from helpers.sizes import Size
@@ -73,38 +78,31 @@ class Dataset:
     id: str
     folder: Path
     rules: Rules
-    records: tuple[Record, ...]
-    plans: tuple[tuple[Plan, ...], ...]
+    records: Sequence[Record]
+    plans: Plans
     repeats: int = 0
     probability: float = 1.0
     left_out: tuple[LeftOut, ...] = ()
 
-    def pixel_jobs(self, method: str) -> list[PixelJob]:
+    def pixel_jobs(self, method: str) -> Iterator[PixelJob]:
         """What the pixel cache has to hold: each image at each size that it is cropped from."""
-        return [
-            PixelJob(record.path, record.content, size, method)
-            for record, choices in zip(self.records, self.plans)
-            for size in dict.fromkeys(plan.intermediate for plan in choices)
-        ]
+        for record, choices in zip(self.records, self.plans):
+            for size in dict.fromkeys(plan.intermediate for plan in choices):
+                yield PixelJob(record.path, record.content, size, method)
 
-    def control_jobs(self, method: str) -> list[PixelJob]:
+    def control_jobs(self, method: str) -> Iterator[PixelJob]:
         """The same for its conditioning images, which are brought to the sizes of their images."""
-        return [
-            PixelJob(record.control.path, record.control.content, size, method)
-            for record, choices in zip(self.records, self.plans)
-            for size in (dict.fromkeys(plan.intermediate for plan in choices) if record.control else ())
-        ]
+        for record, choices in zip(self.records, self.plans):
+            for size in dict.fromkeys(plan.intermediate for plan in choices) if record.control else ():
+                yield PixelJob(record.control.path, record.control.content, size, method)
 
-    def latent_jobs(self, method: str) -> list[LatentJob]:
+    def latent_jobs(self, method: str) -> Iterator[LatentJob]:
         """What the latent cache has to hold: the settled crops of each image in each of its plans."""
-        return [
-            LatentJob(record.path, record.content, plan.intermediate, method, box)
-            for record, choices in zip(self.records, self.plans)
-            for plan in choices
-            for box in dict.fromkeys(
-                self.settled_box(record, plan, repeat) for repeat in range(min(self.repeats + 1, MOST_CROPS))
-            )
-        ]
+        for record, choices in zip(self.records, self.plans):
+            for plan in choices:
+                boxes = (self.settled_box(record, plan, number) for number in range(min(self.repeats + 1, MOST_CROPS)))
+                for box in dict.fromkeys(boxes):
+                    yield LatentJob(record.path, record.content, plan.intermediate, method, box)
 
     def settled_box(self, record: Record, plan: Plan, repeat: int = 0) -> tuple[int, int, int, int]:
         """The crop that an image keeps in all epochs, of each of its repeats another: up to `MOST_CROPS`.
@@ -119,11 +117,11 @@ class Dataset:
 
     def captions(self) -> list[str]:
         """Every caption that may be drawn, each once."""
-        return list(dict.fromkeys(caption for record in self.records for caption in record.captions))
+        return list(dict.fromkeys(caption for some in records.captions(self.records) for caption in some))
 
     def relative(self, record: Record) -> str:
         """Where an image is inside the dataset, which may be moved as a whole."""
-        return str(record.path).removeprefix(str(self.folder))
+        return record.file.removeprefix(str(self.folder))
 
     def digest(self) -> str:
         """A short hash of all that the batches of this dataset depend on, which a resumed run must find again.
@@ -142,14 +140,17 @@ class Dataset:
 
     def without(self, failures: Mapping[Path, str]) -> Dataset:
         """The same dataset without the files that could not be used, which are added to what is left out."""
-        kept = [i for i, record in enumerate(self.records) if record.path not in failures]
-        lost = tuple(LeftOut(r.path, failures[r.path]) for r in self.records if r.path in failures)
-        return replace(
-            self,
-            records=tuple(self.records[i] for i in kept),
-            plans=tuple(self.plans[i] for i in kept),
-            left_out=self.left_out + lost,
-        )
+        if not failures:
+            return self
+        files = {str(path): reason for path, reason in failures.items()}
+        lost = {i: files[file] for i, file in enumerate(records.files(self.records)) if file in files}
+        left_out = tuple(LeftOut(self.records[i].path, reason) for i, reason in lost.items())
+        kept = self.taken([i for i in range(len(self.records)) if i not in lost])
+        return replace(kept, left_out=self.left_out + left_out)
+
+    def taken(self, indices: Sequence[int]) -> Dataset:
+        """The same dataset of these images only, in this order."""
+        return replace(self, records=records.taken(self.records, indices), plans=self.plans.taken(indices))
 
     def require_images(self) -> None:
         """Raise DatasetError, with the reasons, if no image is left to train on."""
@@ -166,12 +167,16 @@ class Dataset:
         )
 
     def report(self, batches_per_epoch: int) -> Report:
-        targets = Counter(target for choices in self.plans for target in {plan.target for plan in choices})
+        targets: Counter[Size] = Counter()
+        upsampled = 0
+        for choices, count in self.plans.counted():
+            targets.update(dict.fromkeys({plan.target for plan in choices}, count))
+            upsampled += count * any(plan.upsampled for plan in choices)
         return Report(
             dataset_id=self.id,
             found=len(self.records) + len(self.left_out),
             used=len(self.records),
-            upsampled=sum(any(plan.upsampled for plan in choices) for choices in self.plans),
+            upsampled=upsampled,
             repeats=self.repeats,
             batches_per_epoch=batches_per_epoch,
             buckets=dict(sorted(targets.items())),
@@ -222,10 +227,12 @@ def plan_images(
     Raises:
         DatasetError: an epoch would have more samples than can be dealt.
     """
-    plan_of = _plans_by_size(rules)
-    planned = [(record, plan_of(record.size)) for record in found.records]
-    used = [(record, choices) for record, choices in planned if not isinstance(choices, str)]
-    refused = tuple(LeftOut(record.path, reason) for record, reason in planned if isinstance(reason, str))
+    edges = records.sizes(found.records).astype(np.int64)
+    distinct, numbers = np.unique(edges[:, 0] << 32 | edges[:, 1], return_inverse=True)
+    choices = [_plans_or_refusal(Size(edge >> 32, edge & 0xFFFFFFFF), rules) for edge in distinct.tolist()]
+    is_used = np.array([not isinstance(some, str) for some in choices], bool)[numbers]
+    used = np.flatnonzero(is_used)
+    refused = tuple(LeftOut(found.records[i].path, choices[numbers[i]]) for i in np.flatnonzero(~is_used).tolist())
     if len(used) * (repeats + 1) > MOST_SAMPLES:
         raise DatasetError(
             f"dataset {dataset_id!r}: found {repeats:,} repeats, with which an epoch sees {len(used):,} images"
@@ -235,22 +242,16 @@ def plan_images(
         id=dataset_id,
         folder=folder,
         rules=rules,
-        records=tuple(record for record, _ in used),
-        plans=tuple(choices for _, choices in used),
+        records=records.taken(found.records, used) if refused else found.records,
+        plans=Plans([() if isinstance(some, str) else some for some in choices], numbers[used]),
         repeats=repeats,
         probability=probability,
         left_out=found.left_out + refused,
     )
 
 
-def _plans_by_size(rules: Rules) -> Callable[[Size], tuple[Plan, ...] | str]:
-    """The plans for a size, or why it is refused. Cached: images share few sizes, and so may share their plans."""
-
-    @cache
-    def plans_or_refusal(size: Size) -> tuple[Plan, ...] | str:
-        return refusal(size, rules) or plans(size, rules)
-
-    return plans_or_refusal
+def _plans_or_refusal(size: Size, rules: Rules) -> tuple[Plan, ...] | str:
+    return refusal(size, rules) or plans(size, rules)
 
 
 def _digested(choices: tuple[Plan, ...]) -> bytes:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from helpers.data.dataset import Dataset
-from helpers.data.scan import LeftOut, Record, Scan
+from helpers.data.records import Record, taken, with_controls
+from helpers.data.scan import LeftOut, Scan
 from helpers.files import printable
 from helpers.sizes import Size
 
@@ -30,21 +31,22 @@ def pair(dataset: Dataset, partners: Scan, folder: Path) -> tuple[Dataset, tuple
     Returns:
         also what the user should be told of the partners.
     """
-    usable: dict[str, list[Record]] = defaultdict(list)
-    for partner in partners.records:
-        usable[_name(partner.path, folder)].append(partner)
+    usable: dict[str, list[int]] = defaultdict(list)
+    for number, partner in enumerate(partners.records):
+        usable[_name(partner.path, folder)].append(number)
     refused = {_name(item.path, folder): item for item in partners.left_out}
-    controls: dict[Path, Record] = {}
+    controls: list[int] = []
     failures: dict[Path, str] = {}
     for record in dataset.records:
         name = _name(record.path, dataset.folder)
-        reason = _refusal(record, usable.get(name, []), refused.get(name), folder)
+        numbers = usable.get(name, [])
+        reason = _refusal(record, [partners.records[number] for number in numbers], refused.get(name), folder)
         if reason:
             failures[record.path] = UNPAIRED + reason
         else:
-            controls[record.path] = usable[name][0]
+            controls.append(numbers[0])
     kept = dataset.without(failures)
-    paired = tuple(replace(record, control=controls[record.path]) for record in kept.records)
+    paired = with_controls(kept.records, taken(partners.records, controls))
     named = {_name(record.path, dataset.folder) for record in dataset.records}
     named |= {_name(item.path, dataset.folder) for item in dataset.left_out}
     result = replace(kept, records=paired)

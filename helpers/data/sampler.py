@@ -7,10 +7,10 @@ not depend on the order of the images, on the number of workers, or on which oth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import accumulate, count
+from itertools import count
 from struct import Struct
 from types import MappingProxyType
 from typing import NamedTuple
@@ -18,7 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from helpers.data.dataset import Dataset
-from helpers.data.scan import DatasetError, Record
+from helpers.data.records import Record
+from helpers.data.scan import DatasetError
 from helpers.images import bucketing
 from helpers.images.geometry import Plan, crop_box
 from helpers.processes import Processes, Share
@@ -206,10 +207,11 @@ class _Deck:
         self._seed = seed
         self._times = dataset.repeats + 1
         self._style = dataset.rules.box_style
-        self._identities = [_identity(seed, dataset, record) for record in dataset.records]
-        self._buckets = bucketing.numbered(plan.target for plans in dataset.plans for plan in plans)
-        self._has_choices = any(len(plans) > 1 for plans in dataset.plans)
-        self._first_buckets = np.array([self._buckets[plans[0].target] for plans in dataset.plans], np.int32)
+        self._identity = _identities(seed, dataset)
+        targets = dataset.plans.targets()
+        buckets = bucketing.numbered(targets)
+        self._buckets = np.array([buckets[target] for target in targets], np.int32)  # by plan
+        self._has_choices = dataset.plans.has_choices()
 
     def none_done(self) -> np.ndarray:
         """For each card whether it is done in an epoch that begins."""
@@ -218,7 +220,8 @@ class _Deck:
     def deal(self, epoch: int, batch_size: int, done: np.ndarray) -> _Hand:
         """The epoch's cards that are not done."""
         choices = self._choices(epoch) if self._has_choices else None
-        buckets = np.repeat(self._first_buckets, self._times) if choices is None else self._drawn_buckets(choices)
+        first = np.repeat(self.dataset.plans.first_rows(), self._times)
+        buckets = self._buckets[first if choices is None else first + choices]
         shuffled = _shuffled(len(buckets), self._seed, self.dataset.id, epoch, "cards")
         cards, starts, stops = bucketing.batches(shuffled[~done[shuffled]], buckets, batch_size)
         order = _shuffled(len(starts), self._seed, self.dataset.id, epoch, "batches")
@@ -227,7 +230,7 @@ class _Deck:
     def use(self, card: int, choice: int, epoch: int, caption_dropout_probability: float) -> Use:
         index, repeat = divmod(card, self._times)
         record, plan = self.dataset.records[index], self.dataset.plans[index][choice]
-        draws = _draws(self._identities[index], epoch, repeat)
+        draws = _draws(self._identity(record), epoch, repeat)
         if self.dataset.rules.crops_once:
             box = self.dataset.settled_box(record, plan, repeat)
         else:
@@ -238,32 +241,32 @@ class _Deck:
 
     def _choices(self, epoch: int) -> np.ndarray:
         """Which of its plans each card uses, drawn by the plans' weights."""
+        plans = self.dataset.plans
         drawn = [
-            _weighted(plans, _draws(identity, epoch, repeat).aspect) if len(plans) > 1 else 0
-            for identity, plans in zip(self._identities, self.dataset.plans)
+            plans.drawn(index, _draws(identity, epoch, repeat).aspect)
+            for index, identity in enumerate(map(self._identity, self.dataset.records))
             for repeat in range(self._times)
         ]
         return np.array(drawn, np.int16)
 
-    def _drawn_buckets(self, choices: np.ndarray) -> np.ndarray:
-        plans, times = self.dataset.plans, self._times
-        numbers = [self._buckets[plans[i // times][c].target] for i, c in enumerate(choices.tolist())]
-        return np.array(numbers, np.int32)
 
-
-def _identity(seed: int, dataset: Dataset, record: Record) -> bytes:
+def _identities(seed: int, dataset: Dataset) -> Callable[[Record], bytes]:
     """What an image's draws hang on: its content and its path inside the dataset, which may be moved as a whole."""
-    return _digest(16, seed, dataset.id, record.content, dataset.relative(record))
+    start = blake2b(digest_size=16)
+    for word in (seed, dataset.id):
+        start.update(_measured(word))
+
+    def identity(record: Record) -> bytes:
+        digest = start.copy()
+        digest.update(_measured(record.content) + _measured(dataset.relative(record)))
+        return digest.digest()
+
+    return identity
 
 
 def _draws(identity: bytes, epoch: int, repeat: int) -> _Draws:
     digest = blake2b(identity + _USE.pack(epoch, repeat), digest_size=_DRAWS.size).digest()
     return _Draws._make([(number >> 11) * 2.0**-53 for number in _DRAWS.unpack(digest)])
-
-
-def _weighted(plans: Sequence[Plan], u: float) -> int:
-    sums = list(accumulate(plan.weight for plan in plans))
-    return next((i for i, upper in enumerate(sums) if u * sums[-1] < upper), len(sums) - 1)
 
 
 def _shuffled(size: int, *words: object) -> np.ndarray:
@@ -287,9 +290,14 @@ def _random(size: int, *words: object) -> np.ndarray:
 
 
 def _digest(size: int, *words: object) -> bytes:
-    """A hash of the words; their lengths are in it, so that ("a", "bc") and ("ab", "c") differ."""
+    """A hash of the words."""
     digest = blake2b(digest_size=size)
     for word in words:
-        encoded = os.fsencode(str(word))
-        digest.update(_USE.pack(len(encoded), 0) + encoded)
+        digest.update(_measured(word))
     return digest.digest()
+
+
+def _measured(word: object) -> bytes:
+    """A word as it is hashed: its length is in it, so that ("a", "bc") and ("ab", "c") differ."""
+    encoded = os.fsencode(str(word))
+    return _USE.pack(len(encoded), 0) + encoded

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import PIL
-
+from helpers.caching.images import in_order
 from helpers.captions.strategies import MissingCaption, captions_for
+from helpers.data import index
+from helpers.data.index import Entry, Files, State
+from helpers.data.records import Columns, Record, Records
 from helpers.files import content_hash, printable, write_whole
 from helpers.images.loading import NotAnImage, Unreadable, inspect
-from helpers.sizes import Size
 
 IMAGE_SUFFIXES = frozenset(
     (
@@ -40,14 +42,11 @@ IGNORED_FOLDERS = frozenset(
     {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 )
 
-INDEX_HEADER = {"index": 2, "pillow": PIL.__version__}
-"""First line of an index. Another version of Pillow may read other files, so its index is made anew."""
-
 SLICE = 256
 """Files opened between two notes of progress; an interruption loses at most these."""
 
-NO_STATE = (-1, -1, -1)
-"""Bytes and times that no file has: of an entry that must not hold for the next scan, as a disk may be well again."""
+READERS = 8
+"""Threads that read caption files. A disk that has to fetch them gives many at a time sooner than one by one."""
 
 NAMED = 3
 """How many files an error names as examples."""
@@ -58,23 +57,6 @@ NO_CAPTION = "no caption: "
 
 class DatasetError(Exception):
     """A dataset cannot be used at all; the message names the dataset and what to change."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One usable image.
-
-    `content` is the SHA-256 of the file's bytes in hex, `size` is after EXIF orientation, `captions` are the
-    alternatives of which one is drawn at each use, not yet cleaned. `control` is its conditioning image, where a
-    ControlNet is trained.
-    """
-
-    dataset_id: str
-    path: Path
-    content: str
-    size: Size
-    captions: tuple[str, ...]
-    control: Record | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +74,7 @@ class Scan:
     `notes` are things to tell the user that left no image out.
     """
 
-    records: tuple[Record, ...]
+    records: Sequence[Record]
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
 
@@ -111,49 +93,11 @@ class Captions:
     prepend_instance_prompt: bool = False
     only_instance_prompt: bool = False
 
-    def of(self, path: Path) -> tuple[str, ...]:
+    def of(self, path: Path | str) -> tuple[str, ...]:
         """The alternatives for one image; raises MissingCaption."""
         return captions_for(
             path, self.caption_strategy, self.instance_prompt, self.prepend_instance_prompt, self.only_instance_prompt
         )
-
-
-@dataclass(frozen=True)
-class Found:
-    """A regular file of the dataset folder, before it is opened."""
-
-    path: Path
-    name: bytes
-    bytes: int
-    mtime_ns: int
-    ctime_ns: int  # moves with every change of the content, also where a program sets the time of change back
-
-    @property
-    def key(self) -> str:
-        """What the index knows it by: its relative path, undecodable bytes as surrogates."""
-        return os.fsdecode(self.name)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What opening a file told, as kept in the index. `reason` is None for a readable image, "" for no image."""
-
-    bytes: int
-    mtime_ns: int
-    ctime_ns: int
-    content: str = ""
-    width: int = 0
-    height: int = 0
-    has_more_frames: bool = False
-    reason: str | None = None
-
-    @classmethod
-    def from_json(cls, values: object) -> Entry | None:
-        """The entry of a line of the index; None if it is not one."""
-        kinds = (int, int, int, str, int, int, bool, (str, type(None)))
-        if not isinstance(values, list) or len(values) != len(kinds):
-            return None
-        return cls(*values) if all(isinstance(value, kind) for value, kind in zip(values, kinds)) else None
 
 
 def scan(
@@ -184,14 +128,12 @@ def scan(
         found = "is not a folder" if folder.exists() else "does not exist"
         raise DatasetError(f"dataset {dataset_id!r}: its instance_data_dir {str(folder)!r} {found}")
     unreachable: list[LeftOut] = []
-    files = sorted(_walk(folder, unreachable), key=lambda file: file.name)
-    candidates = [file for file in files if file.path.suffix.lower() not in COMPANION_SUFFIXES]
-    entries = _entries(candidates, index_path, workers, on_progress)
-    images = [file for file in candidates if entries[file.key].reason != ""]
-    records, left_out = _sorted_out(dataset_id, images, entries, captions)
-    result = Scan(tuple(records), tuple(unreachable + left_out), _notes(images, entries))
+    files = Files(folder, _walk(folder, unreachable))
+    _look_at(files, index_path, workers, on_progress)
+    records, left_out = _sorted_out(dataset_id, files, captions)
+    result = Scan(records, tuple(unreachable + left_out), _notes(files))
     if not records and not may_be_empty:
-        raise DatasetError(_nothing_usable(dataset_id, folder, result, captions, files))
+        raise DatasetError(_nothing_usable(dataset_id, folder, result, captions))
     return result
 
 
@@ -205,156 +147,139 @@ def write_left_out(path: Path, left_out: Mapping[str, Iterable[LeftOut]]) -> Non
     write_whole(path, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _walk(folder: Path, unreachable: list[LeftOut]) -> Iterator[Found]:
-    """Every file that may be an image or belong to one. Linked folders come last, so that real paths are preferred."""
+def _walk(
+    folder: Path, unreachable: list[LeftOut], with_companions: bool = False
+) -> Iterator[tuple[bytes, State]]:
+    """Every file that may be an image. Linked folders come last, so that real paths are preferred.
+
+    Companions are not even asked for their state, unless they are wanted too.
+    """
     seen: set[tuple[int, int]] = set()
-    waiting, linked = [folder], []
+    waiting, linked = [(str(folder), b"")], deque[tuple[str, bytes]]()
     while waiting or linked:
-        current = waiting.pop() if waiting else linked.pop(0)
+        current, name = waiting.pop() if waiting else linked.popleft()
         try:
-            found = current.stat()
+            found = os.stat(current)
             if (found.st_dev, found.st_ino) in seen:
                 continue
             seen.add((found.st_dev, found.st_ino))
             with os.scandir(current) as listing:
                 entries = sorted(listing, key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
-            unreachable.append(LeftOut(current, f"folder cannot be read: {error.strerror}"))
+            unreachable.append(LeftOut(Path(current), f"folder cannot be read: {error.strerror}"))
             continue
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not _is_folder(entry):
-                yield from _file(entry, folder, unreachable)
-            elif entry.name not in IGNORED_FOLDERS:
-                (linked if entry.is_symlink() else waiting).append(Path(entry.path))
+            if _is_folder(entry):
+                if entry.name not in IGNORED_FOLDERS:
+                    inside = name + os.fsencode(entry.name) + b"/"
+                    (linked if entry.is_symlink() else waiting).append((entry.path, inside))
+            elif with_companions or _suffix(entry.name) not in COMPANION_SUFFIXES:
+                if state := _state(entry, unreachable):
+                    yield name + os.fsencode(entry.name), state
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        return False  # A link that leads back to itself: `_file` reports it.
+        return False  # A link that leads back to itself: `_state` reports it.
 
 
-def _file(entry: os.DirEntry, folder: Path, unreachable: list[LeftOut]) -> Iterator[Found]:
-    path = Path(entry.path)
-    meant_as_image = path.suffix.lower() in IMAGE_SUFFIXES
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _state(entry: os.DirEntry, unreachable: list[LeftOut]) -> State | None:
+    """None, and told if it is meant as an image, where there is no regular file."""
     try:
         found = entry.stat()
+        if stat.S_ISREG(found.st_mode):
+            return State(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        reason = "is not a regular file"
     except OSError as error:
-        if meant_as_image:
-            unreachable.append(LeftOut(path, f"cannot be read: {error.strerror}"))
-        return
-    if stat.S_ISREG(found.st_mode):
-        name = os.fsencode(path.relative_to(folder))
-        yield Found(path, name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-    elif meant_as_image:
-        unreachable.append(LeftOut(path, "is not a regular file"))
+        reason = f"cannot be read: {error.strerror}"
+    if _suffix(entry.name) in IMAGE_SUFFIXES:
+        unreachable.append(LeftOut(Path(entry.path), reason))
+    return None
 
 
-def _entries(
-    files: Sequence[Found], index_path: Path, workers: int | None, on_progress: Callable[[int, int], None]
-) -> dict[str, Entry]:
-    """What each file is: from the index where it is unchanged, else by opening it; the index then knows it too."""
-    known = _read_index(index_path)
-    entries = {file.key: known[file.key] for file in files if _is_current(known.get(file.key), file)}
-    unknown = [file for file in files if file.key not in entries]
+def _look_at(
+    files: Files, index_path: Path, workers: int | None, on_progress: Callable[[int, int], None]
+) -> None:
+    """Learn what each file is: from the index if it is unchanged, else by opening it; the index then knows it too."""
+    recalled = files.recall(index_path)
+    unknown = files.unknown()
     if unknown:
         index_path.parent.mkdir(parents=True, exist_ok=True)
-        if not known:
-            write_whole(index_path, (json.dumps(INDEX_HEADER) + "\n").encode("ascii"))
+        if not recalled.is_there:
+            index.begin(index_path)
         # Unbuffered at the end of the file, whole lines at a time: those of two runs that scan at once do not mix.
-        with index_path.open("ab", buffering=0) as index, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-            if known:
-                index.write(b"\n")  # ends a line that an interruption may have cut
+        with index_path.open("ab", buffering=0) as lines, ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            if recalled.is_there:
+                lines.write(b"\n")  # ends a line that an interruption may have cut
             for start in range(0, len(unknown), SLICE):
                 some = unknown[start : start + SLICE]
-                opened = {file.key: entry for file, entry in zip(some, pool.map(_open, some))}
-                entries |= opened
-                index.write("".join(_index_line(*item) for item in opened.items()).encode("ascii"))
+                for number, entry in zip(some, pool.map(_open, map(files.path, some))):
+                    files.learn(number, entry)
+                lines.write(files.lines(some))
                 on_progress(start + len(some), len(unknown))
-    if len(known.keys() | entries.keys()) > len(entries) or (known and unknown):
-        lines = "".join(_index_line(key, entry) for key, entry in entries.items())
-        write_whole(index_path, (json.dumps(INDEX_HEADER) + "\n" + lines).encode("ascii"))
-    return entries
+    if recalled.has_others or (recalled.is_there and unknown):
+        files.write(index_path)
 
 
-def _is_current(entry: Entry | None, file: Found) -> bool:
-    return entry is not None and (entry.bytes, entry.mtime_ns, entry.ctime_ns) == _state(file)
-
-
-def _state(file: Found) -> tuple[int, int, int]:
-    return file.bytes, file.mtime_ns, file.ctime_ns
-
-
-def _open(file: Found) -> Entry:
+def _open(path: Path) -> Entry:
     try:
-        header = inspect(file.path)
-        return Entry(*_state(file), content_hash(file.path), *header.size, header.has_more_frames)
+        header = inspect(path)
+        return Entry(content_hash(path), *header.size, header.has_more_frames)
     except NotAnImage as error:
-        reason = error.reason if file.path.suffix.lower() in IMAGE_SUFFIXES else ""
+        return Entry(reason=error.reason if path.suffix.lower() in IMAGE_SUFFIXES else "")
     except Unreadable as error:
-        if error.may_pass:
-            return Entry(*NO_STATE, reason=error.reason)
-        reason = error.reason
+        return Entry(reason=error.reason, may_pass=error.may_pass)
     except OSError as error:
-        return Entry(*NO_STATE, reason=f"cannot be read: {error.strerror}")
-    return Entry(*_state(file), reason=reason)
+        return Entry(reason=f"cannot be read: {error.strerror}", may_pass=True)
 
 
-def _read_index(path: Path) -> dict[str, Entry]:
-    """The entries of an index, the last of each file; empty if there is none or it is of another version."""
-    if not path.exists():
-        return {}
-    lines = [_parsed(line) for line in path.read_text(encoding="ascii", errors="replace").splitlines()]
-    if not lines or lines[0] != INDEX_HEADER:
-        return {}
-    read = ((line.get("path"), Entry.from_json(line.get("entry"))) for line in lines[1:] if line)
-    return {path: entry for path, entry in read if isinstance(path, str) and entry}
+def _sorted_out(dataset_id: str, files: Files, captions: Captions | None) -> tuple[Records, list[LeftOut]]:
+    columns, left_out = Columns(dataset_id, files.folder), []
+    parts = (range(start, min(start + SLICE, len(files))) for start in range(0, len(files), SLICE))
+    with ThreadPoolExecutor(READERS) as pool:
+        for part, found in in_order(pool, partial(_captions_of, files, captions), parts, window=2 * READERS):
+            for number, texts in zip(part, found):
+                if isinstance(texts, LeftOut):
+                    left_out.append(texts)
+                elif texts is not None:
+                    columns.add(files.names[number], *files.image(number), texts)
+    return Records(columns), left_out
 
 
-def _parsed(line: str) -> dict | None:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        return None  # Cut by an interruption: its file is opened again.
-    return value if isinstance(value, dict) else None
+def _captions_of(
+    files: Files, captions: Captions | None, numbers: Iterable[int]
+) -> list[tuple[str, ...] | LeftOut | None]:
+    """The captions of each image that can be used; None for what is no image."""
+    found: list[tuple[str, ...] | LeftOut | None] = []
+    for number in numbers:
+        reason = files.reason(number)
+        if reason is None:
+            try:
+                found.append(captions.of(files.file(number)) if captions else ())
+                continue
+            except MissingCaption as error:
+                reason = NO_CAPTION + error.reason
+        found.append(LeftOut(files.path(number), reason) if reason else None)
+    return found
 
 
-def _index_line(key: str, entry: Entry) -> str:
-    return json.dumps({"path": key, "entry": astuple(entry)}) + "\n"
-
-
-def _sorted_out(
-    dataset_id: str, images: Sequence[Found], entries: Mapping[str, Entry], captions: Captions | None
-) -> tuple[list[Record], list[LeftOut]]:
-    records, left_out = [], []
-    for file in images:
-        entry = entries[file.key]
-        if entry.reason is not None:
-            left_out.append(LeftOut(file.path, entry.reason))
-            continue
-        try:
-            texts = captions.of(file.path) if captions else ()
-        except MissingCaption as error:
-            left_out.append(LeftOut(file.path, NO_CAPTION + error.reason))
-            continue
-        records.append(Record(dataset_id, file.path, entry.content, Size(entry.width, entry.height), texts))
-    return records, left_out
-
-
-def _notes(images: Sequence[Found], entries: Mapping[str, Entry]) -> tuple[str, ...]:
-    longer = [file.path for file in images if entries[file.key].has_more_frames]
+def _notes(files: Files) -> tuple[str, ...]:
+    longer = files.with_more_frames()
     if not longer:
         return ()
     return (f"{len(longer)} images have several frames or pages, of which only the first is used: {_examples(longer)}",)
 
 
-def _nothing_usable(
-    dataset_id: str, folder: Path, result: Scan, captions: Captions | None, files: Sequence[Found]
-) -> str:
-    start = f"dataset {dataset_id!r}: "
+def _nothing_usable(dataset_id: str, folder: Path, result: Scan, captions: Captions | None) -> str:
+    start, files = f"dataset {dataset_id!r}: ", [folder / os.fsdecode(name) for name, _ in _walk(folder, [], True)]
     uncaptioned = [item for item in result.left_out if item.reason.startswith(NO_CAPTION)]
     if uncaptioned:
         reasons = "; ".join(item.reason.removeprefix(NO_CAPTION) for item in uncaptioned[:NAMED])
@@ -370,15 +295,13 @@ def _nothing_usable(
     return f"{start}there are no images in its instance_data_dir {str(folder)!r} ({len(files)} other files)"
 
 
-def _unread_captions(images: Sequence[LeftOut], files: Sequence[Found]) -> str:
+def _unread_captions(images: Sequence[LeftOut], files: Sequence[Path]) -> str:
     """A hint at files that look like captions by name but have an extension that nobody reads."""
     stems = {item.path.with_suffix("") for item in images}
     beside = Counter(
-        file.path.suffix
-        for file in files
-        if file.path.suffix != ".txt"
-        and file.path.suffix.lower() in COMPANION_SUFFIXES
-        and file.path.with_suffix("") in stems
+        path.suffix
+        for path in files
+        if path.suffix != ".txt" and path.suffix.lower() in COMPANION_SUFFIXES and path.with_suffix("") in stems
     )
     if not beside:
         return ""

@@ -309,9 +309,9 @@ def _options(job: Job) -> str:
 
 def _dataset(dataset: Dataset) -> str:
     """What it holds, without its name or any of a file."""
-    sizes = sorted((record.size for record in dataset.records), key=lambda size: size.width * size.height)
+    sizes = sorted((plans[0].source for plans, _ in dataset.plans.counted()), key=lambda size: size.width * size.height)
     extent = f"{sizes[0]}" if sizes[0] == sizes[-1] else f"{sizes[0]} to {sizes[-1]}"
-    targets = sorted({plan.target for plans in dataset.plans for plan in plans})
+    targets = sorted({plan.target for plans, _ in dataset.plans.counted() for plan in plans})
     trained = ", ".join(map(str, targets[:MOST_SAMPLES])) + (", ..." if len(targets) > MOST_SAMPLES else "")
     count, times = len(dataset.captions()), dataset.repeats + 1
     captions = "1 caption" if count == 1 else f"{count:,} different captions"

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from helpers.config.jsonfile import BadJson, load_json
 from helpers.data.dataset import Dataset
-from helpers.data.scan import Record
+from helpers.data.records import Record
 from helpers.files import printable, write_whole
 from helpers.images import loading
 from helpers.images.geometry import covering, crop_box

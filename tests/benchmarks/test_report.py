@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from benchmarks import report, scaling
+from benchmarks import report, scaling, scan
 from benchmarks.machine import ROOT
 
 
@@ -48,6 +48,19 @@ def test_scaling_is_measured_and_told(tmp_path):
     assert high["bytes"] > low["bytes"] > 10_000 and high["seconds"] > 0
     said = report.page(tmp_path)
     assert "| 30 |" in said and "| rank of a LoRA" in said
+
+
+def test_scanning_is_measured_and_told(tmp_path):
+    output = tmp_path / "scan.json"
+    result = scan.main(["--images", "400", "600", "--workers=2", f"--folder={tmp_path}", f"--output={output}"])
+    assert json.loads(output.read_text()) == result and [path.name for path in tmp_path.iterdir()] == [output.name]
+    small, large = result["datasets"]
+    assert small["opened_after_cut"] == {"before": 256, "after": 144}
+    assert large["opened_after_cut"] == {"before": 512, "after": 88}
+    assert large["second_start_seconds"]["all"] > large["second_start_seconds"]["scan"] > 0
+    assert 0 < large["bytes_an_image"]["scan"] < large["bytes_an_image"]["scan with captions"]
+    said = report.page(tmp_path)
+    assert "| 400 |" in said and "a million images" in said
 
 
 def test_images_of_a_dataset_differ(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 
 import pytest
 
+from helpers.captions import cleaning
 from helpers.captions.cleaning import clean, erased_words
 
 
@@ -25,6 +27,34 @@ from helpers.captions.cleaning import clean, erased_words
 )
 def test_known_captions(caption: str, cleaned: str) -> None:
     assert clean(caption) == cleaned
+
+
+PLAIN_WORDS = (
+    "a Dog it's o'clock 3 12345 no page 7 click on for free download shipping worldwide PNG epson steps jpeg images x "
+    "com www https person ship amp lt quot"
+).split()
+OTHER_WORDS = (
+    "123456 12:30 0.5 3x4 sks01 well-known snake_case (red) <b> &amp; don't' 'quoted' e.g \u0130stanbul caf\u00e9"
+).split() + ["y" * 1001]
+
+
+def test_plain_captions_are_cleaned_by_a_shorter_way_to_the_same() -> None:
+    """Half of these are of plain words, which may mean something together; the others have more."""
+    from diffusers import IFPipeline
+
+    pipeline = IFPipeline.__new__(IFPipeline)
+    draw, plain = random.Random(0), 0
+    for number in range(600):
+        words, joints, edges = PLAIN_WORDS, [" ", " ", " ", ", ", ". ", "; ", ": "], ["", ".", " "]
+        if number % 2:
+            words, joints = words + OTHER_WORDS, joints + [".", ",", " : ", " . ", "  ", "\n", "-"]
+            edges = [*edges, "'", "-", ",", "!"]
+        caption = "".join(draw.choice(words) + draw.choice(joints) for _ in range(draw.randint(0, 6)))
+        caption = draw.choice(edges[2:]) + caption + draw.choice(words) + draw.choice(edges)
+        expected = pipeline._text_preprocessing(cleaning.LONG_WORD.sub(r"\1", caption), clean_caption=True)[0]
+        assert clean(caption) == expected, caption
+        plain += cleaning.is_plain(caption.strip().lower())
+    assert 100 < plain < 400
 
 
 def test_cleaning_is_done_twice_as_the_pipelines_do_it() -> None:

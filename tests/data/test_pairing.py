@@ -191,5 +191,5 @@ def test_a_dataset_without_partners_gives_no_control(tmp_path):
     _, plan = next(Sampler([plain], 1, 42, 0.0).batches())
     batch = Collator({"a": source._replace(control=None)}, {"": "", "a": "a"})(plan)
     assert batch.control is None and batch.to(torch.device("cpu")).control is None
-    assert not plain.control_jobs("stepwise")
+    assert not list(plain.control_jobs("stepwise"))
     assert isinstance(source.control, CachedPixels) and isinstance(source.control.cache, PixelCache)
