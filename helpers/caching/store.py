@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -37,6 +37,7 @@ _NAME_LENGTH = 40  # 160 bits of SHA-256, the fastest of the strong hashes where
 _SHARD_NAME = re.compile(rf"[0-9a-f]{{{_NAME_LENGTH}}}\.safetensors")
 _KEY = re.compile(r"[0-9a-f]{32}")
 _SHARE_OF_MEMORY = 0.25  # a store of less stays in the page cache once it was read
+_LOOKED_UP = 1024  # records that are found without looking again: those of a batch
 _OPEN_FILES = 256  # shards that stay mapped; far below the usual limit of 1,024 open files for a process
 
 
@@ -58,6 +59,7 @@ class ShardStore:
         # One entry: the library writes several in an order of chance, and the same records would make another shard.
         self._metadata = {"floydtuner": json.dumps({"format": FORMAT, "recipe": dict(recipe)}, sort_keys=True)}
         self._places = Places()
+        self._found = lru_cache(_LOOKED_UP)(partial(_find, self._places))  # each is asked for three times
         self._maps: dict[Path, mmap.mmap] = {}
         self._nbytes = 0
         self._announced = bytearray()  # by number of a place
@@ -104,17 +106,11 @@ class ShardStore:
         return iter(self._places)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._places[self._number(key)].shape
+        return self._found(key)[1].shape
 
     def number(self, key: str) -> int | None:
         """The place of a record in the order of all, from 0; None if there is none."""
         return self._places.find(key)
-
-    def _number(self, key: str) -> int:
-        number = self._places.find(key)
-        if number is None:
-            raise KeyError(key)
-        return number
 
     def view(self, key: str) -> np.ndarray:
         """The record's bytes as a flat, read-only uint8 array over the shard's memory map.
@@ -123,7 +119,7 @@ class ShardStore:
             KeyError: the store has no such record.
             DamagedShard: the file became shorter since it was verified.
         """
-        shard, offset, nbytes, _ = self._places[self._number(key)]
+        shard, offset, nbytes, _ = self._found(key)[1]
         content = np.frombuffer(self._mapped(shard), np.uint8)[offset : offset + nbytes]
         if content.nbytes < nbytes:
             raise DamagedShard(f"{shard} became shorter while it was in use: start again, and it is made again")
@@ -138,12 +134,11 @@ class ShardStore:
         records of a store that will stay in memory, as it is small beside the machine's, are announced once.
         """
         for key in keys:
-            number = self._number(key)
+            number, (shard, offset, nbytes, _) = self._found(key)
             if self._announced[number]:
                 continue
             if self._nbytes < _memory() * _SHARE_OF_MEMORY:
                 self._announced[number] = True
-            shard, offset, nbytes, _ = self._places[number]
             start = offset - offset % mmap.PAGESIZE
             self._mapped(shard).madvise(mmap.MADV_WILLNEED, start, offset + nbytes - start)
 
@@ -198,6 +193,13 @@ class ShardStore:
                     if _verified_header(path) is None:
                         path.unlink(missing_ok=True)
         self.damaged = ()
+
+
+def _find(places: Places, key: str) -> tuple[int, Place]:
+    number = places.find(key)
+    if number is None:
+        raise KeyError(key)
+    return number, places[number]
 
 
 def stored_keys(folder: Path) -> set[str]:
