@@ -4,7 +4,8 @@
     python -m benchmarks.data --photos 1 --photo_size 400x300 --samples 64 --width 8 --seconds 0.05 --output FILE
 
 photos: JPEGs to training samples (scan, hash, decode, cache, crop), beside full decode and 25 % steps in Pillow.
-cached: samples with their text embeds, through the sampler to collated batches of 16.
+cached: samples with their text embeds, exact and in 8 bits, through the sampler to collated batches of 16; beside it
+    the exact embeds copied, and nothing else.
 embeds: cached text embeds in batches of 16, beside one `torch.save` file per caption.
 
 Each figure is given per second of the core's work and per second of the clock, which on a machine that does other
@@ -18,7 +19,7 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import mean, median
@@ -31,7 +32,7 @@ from PIL import Image
 from benchmarks.machine import ROOT, write_result
 from helpers.caching.embeds import EmbedCache
 from helpers.caching.pixels import PixelCache, pixel_key
-from helpers.data.collate import Buffer, CachedPixels, Collator, Source
+from helpers.data.collate import Batch, Buffer, CachedPixels, Collator, Source
 from helpers.data.dataset import Dataset, plan_images
 from helpers.data.preparation import prepare_captions
 from helpers.data.records import Columns, Records
@@ -95,13 +96,19 @@ def photos(folder: Path, per_round: int, size: Size) -> dict[str, object]:
 
 
 def cached(store: _Store, seconds: float) -> dict[str, object]:
-    """Samples per second from the sampler to collated batches: random crops, captions drawn, 10 % dropped."""
-    sampler = Sampler([store.dataset], BATCH, seed=42, caption_dropout_probability=0.1)
-    collate = Collator({store.dataset.id: Source(CachedPixels(store.pixels, "stepwise"), store.embeds)}, store.prepared)
-    stream = ((position, collate(plan)) for position, plan in sampler.batches())
-    rates = [_repeated(lambda: next(stream), BATCH, seconds) for _ in range(ROUNDS)]
+    """Samples per second from the sampler to collated batches: random crops, captions drawn, 10 % dropped.
+
+    Of exact embeds and of those in 8 bits; and how fast the exact ones alone are copied, which is as fast as it can be.
+    """
+    ways = {"exact": store.samples(store.embeds), "int8": store.samples(store.int8), "copied": store.copies()}
+    rates: dict[str, list[_Rate]] = {name: [] for name in ways}
+    for _ in range(ROUNDS):
+        for name, batches in ways.items():
+            rates[name].append(_repeated(lambda: next(batches), BATCH, seconds))
     facts = {"samples": len(store.dataset.records), "embeds": f"{TOKENS}x{store.width} bfloat16", "batch": BATCH}
-    return facts | _medians("samples", rates)
+    ours = {"mb_a_caption": store.mb_a_caption(store.embeds)} | _medians("samples", rates["exact"])
+    in_8_bits = {"mb_a_caption": store.mb_a_caption(store.int8)} | _medians("samples", rates["int8"])
+    return facts | ours | {"int8": in_8_bits, "copying_embeds_alone": _medians("samples", rates["copied"])}
 
 
 def embeds(store: _Store, folder: Path, seconds: float) -> dict[str, object]:
@@ -140,8 +147,32 @@ class _Store:
         self.dataset: Dataset = plan_images("cached", Path("/images"), RULES, Scan(records, (), ()))
         self.pixels = PixelCache(folder / "pixels")
         self._fill_pixels(records)
-        self.embeds = EmbedCache(folder / "text", FINGERPRINT)
+        self.embeds, self.int8 = (EmbedCache(folder / "text", FINGERPRINT, storage) for storage in ("bf16", "int8"))
         self.embeds.build(self.prepared.values(), self._encode, len, BATCH)
+        self.int8.convert(self.prepared.values())
+
+    def samples(self, embeds: EmbedCache) -> Iterator[Batch]:
+        """Endless batches as training has them."""
+        sampler = Sampler([self.dataset], BATCH, seed=42, caption_dropout_probability=0.1)
+        source = Source(CachedPixels(self.pixels, "stepwise"), embeds)
+        collate = Collator({self.dataset.id: source}, self.prepared)
+        return (collate(plan) for _, plan in sampler.batches())
+
+    def copies(self) -> Iterator[torch.Tensor]:
+        """Endless batches of exact embeds, drawn and copied as they lie in memory, and nothing else."""
+        views = [self.embeds.store.view(key) for key in self.embeds.store]
+        ring = [Buffer(torch.bfloat16)(BATCH, TOKENS, self.width) for _ in range(3)]
+        draw = random.Random(0)
+        while True:
+            batch = _rotated(ring)
+            for row, view in zip(batch.view(torch.uint8).flatten(1).numpy(), draw.sample(views, BATCH)):
+                row[:] = view
+            yield batch
+
+    def mb_a_caption(self, embeds: EmbedCache) -> float:
+        """MB on the disk, of which the shards' headers are a part."""
+        taken = sum(path.stat().st_size for path in embeds.store.folder.iterdir())
+        return _rounded(taken / len(embeds.store) / 1e6)
 
     def _fill_pixels(self, records: Records) -> None:
         draw = np.random.default_rng(0)

@@ -105,12 +105,16 @@ def data(result: Mapping[str, Any]) -> str:
         for name, rates in own.items()
         if isinstance(rates, Mapping)
     ]
-    cached = number(result["cached"]["samples_per_core_second"])
+    cached = result["cached"]
+    int8, copied = cached["int8"], cached["copying_embeds_alone"]
+    head = ["JPEGs", "images a core-second", "full decode and 25 % steps in Pillow", "times", "target"]
     return (
-        f"{table(['JPEGs', 'images a core-second', 'full decode and 25 % steps in Pillow', 'times', 'target'], rows)}\n\nCached"
-        f" samples with {result['cached']['embeds']} embeds, in batches of {result['cached']['batch']}: {cached} a"
-        f" core-second. Cached embeds beside one `torch.save` file for each caption:"
-        f" {number(result['embeds']['ratio_of_core_time'])} times the batches a second."
+        f"{table(head, rows)}\n\nCached samples with {cached['embeds']} embeds, in batches of {cached['batch']}:"
+        f" {number(cached['samples_per_core_second'])} a core-second, {number(cached['mb_a_caption'])} MB a caption;"
+        f" with `TEXT_EMBEDS_STORAGE=int8` {number(int8['samples_per_core_second'])}, {number(int8['mb_a_caption'])} MB;"
+        f" the exact embeds copied, and nothing else: {number(copied['samples_per_core_second'])}. Cached embeds"
+        f" beside one `torch.save` file for each caption: {number(result['embeds']['ratio_of_core_time'])} times the"
+        " batches a second."
     )
 
 
@@ -181,12 +185,38 @@ def conditioning(result: Mapping[str, Any]) -> str:
     )
 
 
+def drift(result: Mapping[str, Any]) -> str:
+    spread = [[name, *(percent(own.get(key)) for key in DRIFTS)] for name, own in result["embeds"].items()]
+    own = result["demo"]
+    changes = [[name, *map(percent, each.values())] for name, each in own["changes"].items()]
+    names = ["changed", "embeds", "prediction", "mean loss", "loss of one picture"]
+    return (
+        f"What comes back other than it was, by the norm:\n\n{table(['', *DRIFTS.values()], spread)}\n\nThe demo's T5"
+        f" and its trained stage I, {own['pictures']} pictures at {own['levels']} noise levels; its embeds are"
+        f" {own['width']} wide, one group a token:\n\n{table(names, changes)}"
+    )
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{number(100 * value, 2)} %"
+
+
+DRIFTS = {
+    "bf16": "by rounding to bf16",
+    "int8": "by int8 after that",
+    "int8, the other channels": "... of the other channels",
+    "int8, those beside a larger one": "... of those beside a larger one",
+}
+"""What is told of embeds in 8 bits, by its key in the result."""
+
+
 SECTIONS: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = (
     ("DeepFloyd IF beside diffusers' example", "versus_diffusers", contest),
     ("Stable Diffusion beside diffusers' example", "versus_diffusers_sd", contest),
     ("Training on a GPU", "gpu_train", training),
     ("Images and captions", "data", data),
     ("Scanning a large dataset", "scan", scanning),
+    ("Text embeds in 8 bits", "embeds_drift", drift),
     ("Large datasets, high ranks", "scaling", scaling),
     ("The loop itself", "step_overhead", overhead),
     ("How stage II is shown its image", "stage2_conditioning", conditioning),

@@ -55,7 +55,7 @@ def check(resolved: Resolved, backends: Backends, processes: Processes) -> int:
         steps=assembly.ending(config.training, sampler.batches_in_epoch).steps if sampler else None,
         batches_per_step=config.training.gradient_accumulation_steps,
         captions=len(set(captions)),
-        embed_bytes=text.embed_bytes(prepared.values()),
+        embed_bytes=text.embed_bytes(prepared.values(), config.data.text_embeds_storage),
         output_bytes=output,
         free_bytes=free_bytes(config.data.cache_dir),
         not_looked_at=text.not_looked_at,

@@ -360,8 +360,9 @@ def tell_space(
     Raises:
         DiskFull: not even one checkpoint has room.
     """
-    embed_size = 0 if job.config.lora.train_text_encoder else space.embed_size(job.spec.text, architecture)
-    needs = space.cache_needs(job.backends, datasets, prepared, job.spec.space, embed_size)
+    storage = job.config.data.text_embeds_storage
+    embed_size = 0 if job.config.lora.train_text_encoder else space.embed_size(job.spec.text, architecture, storage)
+    needs = space.cache_needs(job.backends, datasets, prepared, job.spec.space, embed_size, storage)
     if architecture:
         saved = space.saved_sizes(job.config, job.spec, architecture)
         space.require_one_checkpoint(job.config.run.output_dir, saved)

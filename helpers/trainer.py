@@ -112,13 +112,14 @@ def cache_texts(
     config = job.config
     if config.lora.train_text_encoder:
         return preparation.tokenized_texts(job.spec.text, model, job.backends, prepared)
-    texts = preparation.open_text_caches(job.spec.text, model, job.backends, prepared, config.model.variant)
+    variant, storage = config.model.variant, config.data.text_embeds_storage
+    texts = preparation.open_text_caches(job.spec.text, model, job.backends, prepared, variant, storage)
     wanted = {cache_id: [NULL_CAPTION] for cache_id in texts.by_id}
     for backend, own in zip(job.backends.images, captions):
         wanted[backend.text_embeds] += own
     wanted[texts.default_id] += [config.validation.validation_negative_prompt, *job.prompts.values()]
     device = device if config.data.text_encoder_device == "auto" else torch.device("cpu")
-    batch_size, variant = config.data.text_encoder_batch_size, config.model.variant
+    batch_size = config.data.text_encoder_batch_size
     try:
         preparation.cache_texts(job.spec.text, model, texts, wanted, batch_size, device, variant, job.processes)
     except torch.OutOfMemoryError as error:

@@ -36,6 +36,7 @@ VALUES = {
     "vae_batch_size": ("2", 2),
     "text_encoder_batch_size": ("2", 2),
     "text_encoder_device": ("cpu", "cpu"),
+    "text_embeds_storage": ("int8", "int8"),
     "train_batch_size": ("1", 1),
     "gradient_accumulation_steps": ("2", 2),
     "max_train_steps": ("10", 10),

@@ -89,7 +89,7 @@ def test_a_lora_comes_out_that_diffusers_loads_completely(trainer, tmp_path, tin
     [
         {"lora_dropout": 0.3, "gradient_accumulation_steps": 2, "lora_targets": "attention+conv", "use_ema": True},
         {"mixed_precision": "bf16", "pure_bf16": True, "optimizer": "adamw_bf16", "lr_warmup_steps": 1},
-        {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_grad_norm": 0},
+        {"mixed_precision": "bf16", "gradient_checkpointing": True, "max_grad_norm": 0, "text_embeds_storage": "int8"},
     ],
     ids=["fp32", "pure bf16", "mixed bf16"],
 )
@@ -432,6 +432,42 @@ def test_a_dry_run_tells_the_disk_space_that_the_run_then_takes(trainer, tmp_pat
     capsys.readouterr()
     assert trainer(**flags, dry_run=True) == 0
     assert not re.search("pixels of|text embeds of", capsys.readouterr().out), "they are there now"
+
+
+def test_a_run_goes_on_with_embeds_in_8_bits_that_are_made_of_its_exact_ones(trainer, tmp_path, capsys, monkeypatch):
+    seen: list[torch.Tensor] = []
+    training_loss = loop.training_loss
+
+    def seeing(parts, denoiser, batch, generator):
+        seen.append(batch.prompt_embeds.clone())
+        return training_loss(parts, denoiser, batch, generator)
+
+    monkeypatch.setattr(loop, "training_loss", seeing)
+    flags = {"validation_prompt": "a red circle", "caption_dropout_probability": 0.5, "checkpointing_steps": 2}
+    assert trainer(**flags, max_train_steps=4, output_dir=tmp_path / "exact") == 0
+    exact = seen.copy()
+    assert trainer(**flags, max_train_steps=2) == 0
+    capsys.readouterr()
+
+    def encoding(own, texts):
+        raise AssertionError("the exact ones are there")
+
+    monkeypatch.setattr(TextEncoder, "__call__", encoding)
+    flags |= {"max_train_steps": 4, "text_embeds_storage": "int8"}
+    assert trainer(**flags, dry_run=True) == 0
+    assert "text embeds of 14 captions" in capsys.readouterr().out
+    seen.clear()
+    assert trainer(**flags) == 0
+    said = capsys.readouterr().out
+    assert "captions are stored as int8" in said
+    assert "Changed since checkpoint-2: text_embeds_storage: bf16 -> int8" in said
+    assert len(seen) == 2
+    for found, expected in zip(seen, exact[2:]):
+        assert found.dtype == torch.bfloat16 and not torch.equal(found, expected)
+        error = (found.float() - expected.float()).norm() / expected.float().norm()
+        assert 0.001 < error < 0.02
+    assert trainer(**flags, dry_run=True) == 0
+    assert "text embeds of" not in capsys.readouterr().out
 
 
 def size_of(folder: Path) -> int:

@@ -381,7 +381,7 @@ def _text_encoder(config: Config) -> Iterator[Problem]:
             f"found true, but {config.family.name} {config.family.why_not['train_text_encoder']}, so set it to false",
         )
         return
-    for name in ("text_encoder_device", "text_encoder_batch_size"):
+    for name in ("text_encoder_device", "text_encoder_batch_size", "text_embeds_storage"):
         value = getattr(config.data, name)
         if value != ROWS[name].field.default:
             yield Problem(

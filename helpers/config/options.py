@@ -254,6 +254,8 @@ class DataOptions(Group):
         help="Captions that are encoded at a time.")
     text_encoder_device: Literal["auto", "cpu"] = option(
         "auto", help="Where captions are encoded: auto is the training device.")
+    text_embeds_storage: Literal["bf16", "int8"] = option(
+        "bf16", help="How text embeds are cached: bf16 is exact; int8 takes half of the disk, and is 0.6 % off.")
 
 
 class TrainingOptions(Group):

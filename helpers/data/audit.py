@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from helpers.caching.images import cores, in_order
 from helpers.caching.pixels import PixelJob
+from helpers.caching.storages import STORAGES
 from helpers.captions.cleaning import erased_words
 from helpers.captions.strategies import NOT_UTF8
 from helpers.config.backends import ConditioningBackend, ImageBackend
@@ -149,9 +150,9 @@ class TextSide:
     width: int | None
     not_looked_at: tuple[str, ...]
 
-    def embed_bytes(self, texts: Iterable[str]) -> int | None:
-        """What the embeds of these texts take on the disk, in bfloat16."""
-        return None if self.width is None else len(set(texts)) * self.limit * self.width * 2
+    def embed_bytes(self, texts: Iterable[str], storage: str) -> int | None:
+        """What the embeds of these texts take on the disk, stored in one of the ways of `STORAGES`."""
+        return None if self.width is None else len(set(texts)) * self.limit * STORAGES[storage].nbytes(self.width)
 
 
 def text_side(text: T5 | CLIP, model: str, revision: str | None) -> TextSide:

@@ -225,11 +225,16 @@ def _of_all(own: Mapping[Path, str], images: ImageCache, processes: Processes) -
 
 
 def open_text_caches(
-    text: T5 | CLIP, model: Path, backends: Backends, prepared: Mapping[str, str], variant: str | None = None
+    text: T5 | CLIP,
+    model: Path,
+    backends: Backends,
+    prepared: Mapping[str, str],
+    variant: str | None = None,
+    storage: str = "bf16",
 ) -> TextCaches:
     """Open the embed caches that belong to this model's text encoder, in the variant that is loaded."""
     fingerprint = text.fingerprint(model, variant)
-    by_id = {entry.id: EmbedCache(entry.cache_dir, fingerprint) for entry in backends.text_embeds}
+    by_id = {entry.id: EmbedCache(entry.cache_dir, fingerprint, storage) for entry in backends.text_embeds}
     default = next((entry for entry in backends.text_embeds if entry.default), backends.text_embeds[0])
     return TextCaches(by_id, default.id, prepared)
 
@@ -253,12 +258,15 @@ def cache_texts(
     """Encode the captions that no cache has yet. The encoder is loaded only for that, once, and freed again.
 
     Several processes share the captions out, if there are so many that each fills a batch; else the first one does it.
+    Embeds in 8 bits are made of exact ones, as far as there are such: that the first one does.
 
     Args:
         wanted: the captions that each cache must hold, as their users wrote them, by the cache's id.
         batch_size: captions that are encoded at a time; None: as many as fit, see `fitting_batch`.
     """
     texts = {cache_id: [caches.prepared[caption] for caption in captions] for cache_id, captions in wanted.items()}
+    processes.first_does(lambda: [caches.by_id[name].convert(some) for name, some in texts.items()])
+    _see_what_others_stored(caches, processes)
     missing = processes.from_first(lambda: sum(len(caches.by_id[name].missing(some)) for name, some in texts.items()))
     if not missing:
         for cache_id, some in texts.items():
@@ -270,8 +278,12 @@ def cache_texts(
             mine = processes.has if are_shared else None
             _encode(text.load(model, device, variant), caches, texts, batch_size, mine)
             _give_back_memory(device)
+    processes.wait()
+    _see_what_others_stored(caches, processes)
+
+
+def _see_what_others_stored(caches: TextCaches, processes: Processes) -> None:
     if processes.count > 1:
-        processes.wait()
         for embeds in caches.by_id.values():
             embeds.store.refresh()
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers.caching.embeds import text_key
+from helpers.caching.embeds import stored_texts, text_key
+from helpers.caching.storages import STORAGES
 from helpers.caching.store import stored_keys
 from helpers.config.backends import Backends
 from helpers.config.options import Config
@@ -32,10 +33,10 @@ class Need(NamedTuple):
     folder: Path
 
 
-def embed_size(text: T5 | CLIP, architecture: Path | None) -> int:
-    """Bytes of one text's embedding, as bfloat16; 0 where the UNet that reads it is not at hand."""
+def embed_size(text: T5 | CLIP, architecture: Path | None, storage: str) -> int:
+    """Bytes of one text's embedding as it is stored; 0 where the UNet that reads it is not at hand."""
     width = json.loads(architecture.read_bytes()).get(text.reader_key) if architecture else None
-    return text.length * (width or 0) * 2
+    return text.length * STORAGES[storage].nbytes(width or 0)
 
 
 def cache_needs(
@@ -44,8 +45,9 @@ def cache_needs(
     prepared: Mapping[str, str],
     images: Pixels | Latents,
     embed_size: int,
+    storage: str,
 ) -> list[Need]:
-    """What the caches lack. An embedding by whichever encoder counts as there.
+    """What the caches lack. An embedding by whichever encoder counts as there, if it is stored in the same way.
 
     Args:
         prepared: the text that is encoded for each caption.
@@ -65,7 +67,7 @@ def cache_needs(
             what = f"pixels of {len(missing):,} conditioning images of {dataset.id!r}"
             needs.append(Need(what, taken, conditioning.cache_dir))
     for entry in backends.text_embeds:
-        missing = wanted[entry.id] - stored_keys(entry.cache_dir)
+        missing = wanted[entry.id] - stored_texts(entry.cache_dir, storage)
         needs.append(Need(f"text embeds of {len(missing):,} captions", len(missing) * embed_size, entry.cache_dir))
     return [need for need in needs if need.nbytes]
 

@@ -6,7 +6,8 @@ import threading
 import pytest
 import torch
 
-from helpers.caching.embeds import EmbedCache, NonFiniteEmbedding
+from helpers.caching.embeds import EmbedCache, NonFiniteEmbedding, stored_texts, text_key
+from helpers.caching.storages import dequantise, quantised
 from helpers.caching.store import Writer
 
 FINGERPRINT = {"text_encoder": "aa", "tokenizer": "bb", "length": "77", "cleaning": "if"}
@@ -28,8 +29,8 @@ class Encoder:
         return torch.randn(77, self.width, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-def built(folder, texts, encoder=None, fingerprint=FINGERPRINT, batch_size=4) -> EmbedCache:
-    cache = EmbedCache(folder, fingerprint)
+def built(folder, texts, encoder=None, fingerprint=FINGERPRINT, batch_size=4, storage="bf16") -> EmbedCache:
+    cache = EmbedCache(folder, fingerprint, storage)
     cache.build(texts, encoder or Encoder(), len, batch_size)
     return cache
 
@@ -46,6 +47,89 @@ def test_embeddings_come_back_bit_for_bit_in_the_order_asked_for(tmp_path):
         found = opened.read(asked)
         assert found.dtype == torch.bfloat16 and found.shape == (len(asked), 77, 16)
         assert torch.equal(bits(found), bits(torch.stack([Encoder().embedding(text) for text in asked])))
+
+
+@pytest.mark.parametrize("width", [16, 65, 128])
+def test_in_8_bits_embeddings_come_back_rounded_to_steps_of_their_groups(tmp_path, width):
+    """`test_storages.py` has how large these are."""
+    texts, encoder = ["", "a cat", "猫"], Encoder(width)
+    cache = built(tmp_path, texts, encoder, storage="int8")
+    exact = torch.stack([encoder.embedding(text) for text in texts])
+    dequantise(quantised(exact), expected := torch.empty_like(exact))
+    assert not torch.equal(expected, exact)
+    buffer = torch.zeros(4, 77, width, dtype=torch.bfloat16)
+    for opened in (cache, EmbedCache(tmp_path, FINGERPRINT, "int8")):
+        assert opened.row_shape == (77, width) and opened.dtype == torch.bfloat16
+        assert torch.equal(opened.read(texts), expected)
+        assert torch.equal(opened.read(["猫", ""], buffer), expected[[2, 0]]) and not buffer[2:].any()
+
+
+def test_exact_embeddings_and_those_in_8_bits_lie_side_by_side(tmp_path):
+    exact = built(tmp_path, ["a"])
+    rounded = built(tmp_path, ["a", "b"], storage="int8")
+    assert exact.missing(["a", "b"]) == ["b"] and rounded.missing(["a", "b"]) == []
+    assert exact.store.folder != rounded.store.folder and exact.store.foreign == rounded.store.foreign == ()
+    for opened in (exact, EmbedCache(tmp_path, FINGERPRINT)):
+        assert torch.equal(opened.read(["a"])[0], Encoder().embedding("a"))
+    assert not torch.equal(rounded.read(["a"])[0], Encoder().embedding("a"))
+
+
+def test_a_shard_of_the_other_storage_is_not_read_though_it_lies_in_the_folder(tmp_path):
+    exact, rounded = built(tmp_path, ["a"]), built(tmp_path, ["b"], storage="int8")
+    for cache, other in ((exact, rounded), (rounded, exact)):
+        for shard in list(cache.store.folder.glob("*.safetensors")):
+            (other.store.folder / shard.name).write_bytes(shard.read_bytes())
+    for storage, missing in (("bf16", ["b"]), ("int8", ["a"])):
+        cache = EmbedCache(tmp_path, FINGERPRINT, storage)
+        assert cache.missing(["a", "b"]) == missing and len(cache.store.foreign) == 1
+
+
+def test_embeddings_in_8_bits_are_made_of_exact_ones_without_the_encoder(tmp_path, capsys):
+    exact = built(tmp_path, ["a", "b"])
+    before = {path: path.read_bytes() for path in exact.store.folder.rglob("*.safetensors")}
+    capsys.readouterr()
+    cache = EmbedCache(tmp_path, FINGERPRINT, "int8")
+    cache.convert(["a", "b", "c"])
+    said = capsys.readouterr().out
+    assert "2 captions are stored as int8" in said and str(exact.store.folder) in said
+    assert cache.missing(["a", "b", "c"]) == ["c"]
+    encoded = built(tmp_path / "other", ["a", "b"], storage="int8")
+    assert torch.equal(cache.read(["a", "b"]), encoded.read(["a", "b"])), "as if they had been encoded"
+    assert {path: path.read_bytes() for path in before} == before
+    capsys.readouterr()
+    cache.convert(["a", "b", "c"])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("there, wanted", [(None, "int8"), ("another encoder", "int8"), ("int8", "bf16")])
+def test_nothing_is_made_of_what_does_not_fit(tmp_path, capsys, there, wanted):
+    """Least of all an exact embedding of one in 8 bits."""
+    if there:
+        changed = {"text_encoder": "another"} if there != "int8" else {}
+        built(tmp_path, ["a"], fingerprint=FINGERPRINT | changed, storage="int8" if there == "int8" else "bf16")
+    cache = EmbedCache(tmp_path, FINGERPRINT, wanted)
+    folders = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    cache.convert(["a"])
+    assert cache.missing(["a"]) == ["a"] and sorted(tmp_path.iterdir()) == folders and not capsys.readouterr().out
+
+
+def test_of_a_damaged_exact_shard_nothing_is_made(tmp_path):
+    [shard] = built(tmp_path, ["a"]).store.folder.glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    cache = EmbedCache(tmp_path, FINGERPRINT, "int8")
+    cache.convert(["a"])
+    assert cache.missing(["a"]) == ["a"]
+
+
+def test_what_is_stored_is_counted_by_the_way_it_is_stored(tmp_path):
+    built(tmp_path, ["a", "b"])
+    built(tmp_path, ["b", "c"], fingerprint=FINGERPRINT | {"text_encoder": "another"}, storage="int8")
+    assert stored_texts(tmp_path, "bf16") == {text_key("a"), text_key("b")}
+    assert stored_texts(tmp_path, "int8") == {text_key("b"), text_key("c")}
+    assert stored_texts(tmp_path / "nowhere", "int8") == set()
 
 
 def test_unusual_numbers_are_kept(tmp_path):
@@ -172,6 +256,8 @@ def test_count_size_and_time_are_told_first(tmp_path, capsys):
     built(tmp_path, texts, lambda batch: torch.zeros(len(batch), 77, 16).bfloat16())
     first, second = capsys.readouterr().out.splitlines()
     assert "1,200 captions" in first and "3.0 MB" in second and "about 00:0" in second
+    built(tmp_path, texts, lambda batch: torch.zeros(len(batch), 77, 64).bfloat16(), storage="int8")
+    assert f"{1200 * 77 * 66 / 1e6:.1f} MB" in capsys.readouterr().out
 
 
 def test_captions_that_are_longer_than_the_encoder_reads_are_counted_before_it_starts(tmp_path, capsys):
@@ -202,9 +288,9 @@ def test_nothing_is_said_of_captions_that_fit_or_were_encoded_before(tmp_path, c
     assert "tokens" not in capsys.readouterr().out
 
 
-def told(folder, texts, capsys, fingerprint=FINGERPRINT) -> str:
+def told(folder, texts, capsys, fingerprint=FINGERPRINT, storage="bf16") -> str:
     capsys.readouterr()
-    built(folder, texts, fingerprint=fingerprint)
+    built(folder, texts, fingerprint=fingerprint, storage=storage)
     lines = [line for line in capsys.readouterr().out.splitlines() if "encoded before" in line]
     return "".join(lines).removeprefix("Text embeds: ")
 
@@ -226,6 +312,14 @@ def test_captions_that_another_encoder_encoded_are_told_as_such(tmp_path, capsys
     assert f"(2 so far with another {' and '.join(parts)}, 1 new)" in line
     nearer = FINGERPRINT | {parts[0]: "another", "tokenizer": "another"}
     assert "another tokenizer" in EmbedCache(tmp_path, nearer).plan(["a"]) or len(parts) > 1
+
+
+def test_captions_that_are_stored_otherwise_are_told_as_such(tmp_path, capsys):
+    built(tmp_path, ["a"], storage="int8")
+    assert "(1 so far with another storage, 1 new)" in told(tmp_path, ["a", "b"], capsys)
+    other = FINGERPRINT | {"text_encoder": "another"}
+    said = told(tmp_path, ["b", "c"], capsys, other, "int8")
+    assert "(1 so far with another text_encoder and storage, 1 new)" in said
 
 
 def test_captions_of_a_damaged_shard_are_told_as_such(tmp_path, capsys):

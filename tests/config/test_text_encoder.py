@@ -25,6 +25,7 @@ TRAINED = ("--model_type=lora", "--train_text_encoder")
     (["--model_type=lora", "--text_encoder_learning_rate=1e-6"], "text_encoder_learning_rate", "where it does nothing"),
     ([*TRAINED, "--text_encoder_device=cpu"], "text_encoder_device", "remove it"),
     ([*TRAINED, "--text_encoder_batch_size=2"], "text_encoder_batch_size", "remove it"),
+    ([*TRAINED, "--text_embeds_storage=int8"], "text_embeds_storage", "with which the captions of each batch"),
     ([*TRAINED, "--text_encoder_learning_rate=1"], "text_encoder_learning_rate", "type a rate near 4e-06"),
     ([*TRAINED, "--optimizer=prodigy", "--text_encoder_learning_rate=0.5"], "text_encoder_learning_rate", "one rate"),
 ])

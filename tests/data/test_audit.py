@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -160,10 +161,11 @@ def test_without_a_tokenizer_it_is_said_that_lengths_were_not_looked_at(tmp_path
     for model in ("someone/their-if", str(tmp_path / "model")):
         side = text_side(T5(), model, None)
         assert side.length_of is None and any("77 tokens" in words and model in words for words in side.not_looked_at)
-        assert side.embed_bytes(["a"]) is None
+        assert side.embed_bytes(["a"], "bf16") is None
     side = text_side(T5(), str(tiny_model), None)
     width = json.loads((tiny_model / "text_encoder" / "config.json").read_text())["d_model"]
-    assert side.embed_bytes(["a", "b", "a"]) == 2 * 77 * width * 2
+    assert side.embed_bytes(["a", "b", "a"], "bf16") == 2 * 77 * width * 2
+    assert side.embed_bytes(["a", "b", "a"], "int8") == 2 * 77 * (width + 2 * math.ceil(width / 64))
 
 
 def test_images_that_cannot_be_decoded_are_found_by_decoding_them(folder):

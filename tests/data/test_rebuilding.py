@@ -46,23 +46,23 @@ class Setting:
     def draw(self, name: str, colour: str) -> None:
         Image.new("RGB", (120, 120) if name in SQUARE else (150, 100), colour).save(self.images / name)
 
-    def run(self, variant: str | None = None, **keys: object) -> Made:
+    def run(self, variant: str | None = None, storage: str = "bf16", **keys: object) -> Made:
         images, captions = set(), set()
         load, encode = images_module.load, TextEncoder.__call__
         with self.patch.context() as patch:
             patch.setattr(images_module, "load", lambda path, *rest: (images.add(path.name), load(path, *rest))[1])
             patch.setattr(TextEncoder, "__call__", lambda own, texts: (captions.update(texts), encode(own, texts))[1])
-            self.fill(variant, {"resolution": 64, "caption_strategy": "textfile", **keys})
+            self.fill(variant, storage, {"resolution": 64, "caption_strategy": "textfile", **keys})
         return Made(images, captions, self.capsys.readouterr().out)
 
-    def fill(self, variant: str | None, keys: dict[str, object]) -> None:
+    def fill(self, variant: str | None, storage: str, keys: dict[str, object]) -> None:
         entry = ImageBackend(id="set", instance_data_dir=self.images, cache_dir=self.cache / "pixels", **keys)
         texts = TextEmbedsBackend(id="t", dataset_type="text_embeds", cache_dir=self.cache / "text", default=True)
         planned, _ = scan_and_plan(entry, 8)
         dataset, _ = cache_pixels(planned, entry)
         captions = ["", *dataset.captions()]
         prepared = prepare_captions(T5(), captions)
-        caches = open_text_caches(T5(), self.model, Backends((entry,), (texts,)), prepared, variant)
+        caches = open_text_caches(T5(), self.model, Backends((entry,), (texts,)), prepared, variant, storage)
         cache_texts(T5(), self.model, caches, {"t": captions}, 4, torch.device("cpu"), variant)
 
 
@@ -140,3 +140,14 @@ def test_another_variant_of_the_encoder_is_another_encoder_though_both_lie_in_on
     other = setting.run(variant="fp16")
     assert other.captions == CAPTIONS and "(5 so far with another text_encoder)" in other.said
     assert setting.run(variant="fp16").captions == setting.run().captions == set()
+
+
+def test_another_storage_of_embeds_makes_them_anew_but_8_bits_are_made_of_exact_ones(setting):
+    made = setting.run(storage="int8")
+    assert not made.captions and "5 captions are stored as int8" in made.said
+    assert "5 captions encoded before, 0 to encode" in made.said
+    caption(setting)
+    made = setting.run(storage="int8")
+    assert made.captions == {"another photo"} and "are stored as" not in made.said
+    made = setting.run()
+    assert made.captions == {"another photo"} and "(1 so far with another storage)" in made.said
