@@ -1,8 +1,12 @@
 import shutil
 
+import pytest
+
 from helpers.config.load import load
+from helpers.models.published import architecture
+from helpers.models.text import T5
 from helpers.training.memory import Saved
-from helpers.training.space import Need, describe, output_needs, shortages
+from helpers.training.space import Need, describe, embed_size, output_needs, shortages
 
 
 def test_what_there_is_no_room_for_is_told_by_disk_and_the_rest_is_not(tmp_path):
@@ -17,6 +21,12 @@ def test_what_there_is_no_room_for_is_told_by_disk_and_the_rest_is_not(tmp_path)
 def test_needs_on_one_disk_are_added_up(tmp_path):
     lines = describe([Need("pixels", 2_000_000, tmp_path), Need("result", 3_000_000, tmp_path / "output")])
     assert "2.0 MB  pixels" in lines[1] and "3.0 MB  result" in lines[2] and "5.0 MB  in all" in lines[3]
+
+
+@pytest.mark.parametrize("storage, size", [("bf16", 630_784), ("int8", 325_248)])
+def test_an_embed_of_t5_xxl_takes_what_its_storage_says(storage, size):
+    assert embed_size(T5(), architecture("DeepFloyd/IF-I-M-v1.0"), storage) == size
+    assert embed_size(T5(), None, storage) == 0
 
 
 def test_a_second_format_takes_the_result_once_more(tmp_path):
