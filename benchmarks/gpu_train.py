@@ -59,6 +59,7 @@ class Case:
         training: "lora" or "full".
         mode: of torch.compile; None: not compiled.
         mixed: whether what is trained is float32; else all is bfloat16.
+        base: what a LoRA's frozen weights are kept in, as BASE_MODEL_PRECISION says; None: as they are.
     """
 
     model: str
@@ -67,10 +68,11 @@ class Case:
     checkpointing: bool = False
     mode: str | None = None
     mixed: bool = False
+    base: str | None = None
 
     @property
     def name(self) -> str:
-        words = [self.model, self.training, f"b{self.batch}", "mixed" if self.mixed else ""]
+        words = [self.model, self.training, f"b{self.batch}", "mixed" if self.mixed else "", self.base or ""]
         words += ["checkpointed" if self.checkpointing else ""]
         words += [{None: "", "default": "compiled"}.get(self.mode, f"compiled for {self.mode}")]
         return " ".join(filter(None, words))
@@ -92,7 +94,9 @@ class Case:
 
     @property
     def adapter(self) -> Adapter:
-        return Full() if self.training == "full" else LoRA(RANK, RANK, dropout=0.0, targets="attention")
+        if self.training == "full":
+            return Full()
+        return LoRA(RANK, RANK, dropout=0.0, targets="attention", base_precision=self.base)
 
 
 CASES = [
@@ -108,6 +112,12 @@ CASES = [
     Case("I-XL", "lora", 4),
     Case("I-XL", "lora", 4, checkpointing=True),
 ]
+CASES += [
+    Case(model, "lora", 4, checkpointing, base=base)
+    for model in ("I-M", "I-XL")
+    for base in ("int8", "nf4")
+    for checkpointing in (False, True)
+] + [Case("I-M", "lora", 4, mode="default", base="int8")]
 CASES += [
     case
     for model in ("III-x4", "SD-1.5", "SD-2.1")
@@ -140,7 +150,10 @@ def _measured(case: Case, config: dict[str, Any], steps: int, batch: int, backen
     _forget(on_gpu)
     torch.manual_seed(0)
     parts = random_parts(case.family, config, DTYPE, accelerator.device, PREDICTIONS.get(case.model, "epsilon"))
+    parameters = sum(parameter.numel() for parameter in parts.unet.parameters())
     run = create_run(parts, case.adapter, case.trained, OPTIMIZER, accelerator)
+    if on_gpu:  # a run quantises on the CPU, before the weights come to the GPU
+        torch.cuda.reset_peak_memory_stats()
     if case.checkpointing:
         checkpoint_everything(parts.unet)
     if case.mode:
@@ -151,7 +164,7 @@ def _measured(case: Case, config: dict[str, Any], steps: int, batch: int, backen
         our_loop(run, data, WARM_UP)
     a_step = _seconds(run, data, steps) / steps
     return {
-        "parameters": sum(parameter.numel() for parameter in parts.unet.parameters()),
+        "parameters": parameters,
         "trained_parameters": sum(parameter.numel() for parameter in trainable_parameters(parts.denoiser)),
         **({"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {}),
         "seconds_of_the_first_step": first,

@@ -210,10 +210,49 @@ DRIFTS = {
 """What is told of embeds in 8 bits, by its key in the result."""
 
 
+def quantized(result: Mapping[str, Any]) -> str:
+    """A LoRA beside weights of 8 and 4 bits."""
+    parts = []
+    if "memory" in result:
+        head = ["estimated peak of a LoRA of rank 32, batch 4, pure bf16, GB", "`BASE_MODEL_PRECISION`", "plain",
+                "with gradient checkpointing"]  # fmt: skip
+        rows = [[own["model"], own["precision"], number(own["peak_gb"]), number(own["checkpointed_gb"])]
+                for own in result["memory"]["estimates"]]  # fmt: skip
+        parts.append(table(head, rows))
+        counted = result["memory"]["counted"]
+        head = [f"{counted['model']} on this machine, batch {counted['batch']}, bfloat16", "weights, GB",
+                "tensors besides, at the most, GB", "times the time a step"]  # fmt: skip
+        rows = [
+            [name, number(own["weights_gb"]), number(own["activations_gb"]), number(own["times_the_time"])]
+            for name, own in counted["precisions"].items()
+        ]
+        parts.append(table(head, rows))
+    if "drift" in result:
+        head = ["the demo's model", "its weights in", "predictions change by", "pictures of the same noise, PSNR, dB"]
+        rows = [
+            [model, name, f"{100 * own['relative_change']:.2g} %", number(own["psnr_of_pictures"])]
+            for model, figures in result["drift"].items()
+            for name, own in figures.items()
+        ]
+        parts.append(table(head, rows))
+    if "learning" in result:
+        learned = result["learning"]
+        head = [f"the demo's LoRA after {learned['steps']} steps on a base in", "its loss in training",
+                "its loss on the base in full", "distance from the first, in what that changed"]  # fmt: skip
+        rows = [
+            [name, number(own["training_loss"]), number(own["loss"]), f"{100 * own['distance']:.2g} %"]
+            for name, own in learned.items()
+            if isinstance(own, Mapping)
+        ]
+        parts.append(table(head, rows) + f"\n\nWithout a LoRA its loss is {number(learned['loss_of_the_base'])}.")
+    return "\n\n".join(parts)
+
+
 SECTIONS: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = (
     ("DeepFloyd IF beside diffusers' example", "versus_diffusers", contest),
     ("Stable Diffusion beside diffusers' example", "versus_diffusers_sd", contest),
     ("Training on a GPU", "gpu_train", training),
+    ("A frozen base of 8 and 4 bits", "quantized_base", quantized),
     ("Images and captions", "data", data),
     ("Scanning a large dataset", "scan", scanning),
     ("Text embeds in 8 bits", "embeds_drift", drift),

@@ -67,6 +67,7 @@ VALUES = {
     "lora_targets": ("attention+conv", "attention+conv"),
     "use_dora": ("true", True),
     "use_rslora": ("1", True),
+    "base_model_precision": ("int8", "int8"),
     "train_text_encoder": ("true", True),
     "text_encoder_lora_rank": ("4", 4),
     "text_encoder_lora_alpha": ("2", 2),

@@ -151,6 +151,19 @@ def test_the_memory_that_the_guide_tells_is_what_a_dry_run_estimates(model):
     assert [f"{estimate(setup).peak / 1e9:.1f}" for setup in setups] == figures
 
 
+@pytest.mark.parametrize("model", ["I-M", "I-XL"])
+def test_the_memory_that_the_guide_tells_of_a_base_of_few_bits_is_what_a_dry_run_estimates(model):
+    [figures] = [figures for name, *figures in rows_of("frozen weights") if name == model]
+    told = []
+    for precision in ("int8", "nf4"):
+        for checkpointing in ("false", "true"):
+            flags = [f"--base_model_precision={precision}", f"--gradient_checkpointing={checkpointing}"]
+            config = load(["--model_type=deepfloyd-lora", "--pure_bf16", "--train_batch_size=4", *flags]).config
+            setup = setup_of(config, SPECS["deepfloyd-i"], architecture(f"DeepFloyd/IF-{model}-v1.0"), Size(64, 64))
+            told.append(estimate(setup).peak / 1e9)
+    assert [f"{peak:.1f}" for peak in told] == figures
+
+
 @pytest.mark.parametrize("flavour", ["1.5", "2.1"])
 def test_the_memory_that_the_guide_tells_of_stable_diffusion_is_what_a_dry_run_estimates(flavour):
     rows = rows_of("| LoRA, rank 32", STABLE_DIFFUSION)

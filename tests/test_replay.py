@@ -23,6 +23,7 @@ STAGE2 = {"model_type": "deepfloyd-stage2-lora", "resolution": 64, "num_eval_ima
 KINDS = {
     "lora": ({"use_ema": True, "validation_prompt": None, "validation_prompt_library": "LIBRARY"}, "model"),
     "pure bf16": ({**PURE, "use_dora": True}, "model"),
+    "int8": ({"mixed_precision": "bf16", "base_model_precision": "int8"}, "model"),
     "bf16": ({"mixed_precision": "bf16", "use_ema": True, "lora_dropout": 0.2}, "model"),
     "full": ({**FULL, **PURE, "use_ema": True, "train_variance": False}, "model"),
     "stage II": (STAGE2, "stage2"),

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from helpers.config.problems import found
 
-FALSE = ("false", "0", "no", "off", "none")
+FALSE = ("false", "0", "no", "off", "none", "no_change")
 
 LATER_PREFIXES: Mapping[str, str] = MappingProxyType({
     "TEXT_ENCODER_": "remove it: TRAIN_TEXT_ENCODER=true trains a LoRA of all of CLIP, for as long as the UNet's",

@@ -153,6 +153,15 @@ Resume = Annotated[Text, AfterValidator(_resume_name)]
 ResolutionType = Literal["pixel", "area"]
 TEXT_ENCODER_OPTIONS = ("text_encoder_lora_rank", "text_encoder_lora_alpha", "text_encoder_learning_rate")
 """Options of an adapter of the text encoder, which train_text_encoder asks for."""
+OTHER_PRECISIONS: Mapping[str, str] = MappingProxyType({
+    **dict.fromkeys(
+        ("int8-quanto", "int8-torchao", "fp8-quanto", "fp8uz-quanto", "fp8-torchao"),
+        "weights of 8 bits are kept as int8 here, without a package for it: type int8"),
+    **dict.fromkeys(
+        ("nf4-bnb", "fp4-bnb", "int4-quanto", "int4-torchao", "int2-quanto"),
+        "weights of 4 bits are kept as nf4 here, without a package for it: type nf4"),
+})
+"""What other trainers' files have for base_model_precision, with the nearest of ours."""
 DownsampleMethod = Literal["stepwise", "single"]
 CaptionStrategy = Literal["filename", "textfile", "instanceprompt"]
 
@@ -319,6 +328,10 @@ class LoraOptions(Group):
         False, help="DoRA, for lora model types: the magnitude of each weight is learned apart from its direction.")
     use_rslora: Switch = option(
         False, help="rsLoRA, for lora model types: the adapter is scaled by alpha / sqrt(rank), for high ranks.")
+    base_model_precision: Literal["no_change", "int8", "nf4"] = option(
+        "no_change", refused=OTHER_PRECISIONS,
+        help="For lora model types: what the UNet's frozen weights are kept in, to save memory: int8; nf4, 4 bits, only"
+        " where int8 has no room, as a LoRA learns less exactly from it; no_change: as mixed_precision says.")
     train_text_encoder: Switch = option(
         False, export=("TRAIN_TEXT_ENCODER", "TEXT_ENCODER_TRAINING"),
         help="Stable Diffusion, model type lora: train an adapter of CLIP, the text encoder, too, of the same kind.")

@@ -64,6 +64,8 @@ class AdapterFacts(Origin):
         targets: the layers that have an adapter, a key of `config.families.LORA_TARGETS`.
         text_encoder_rank, text_encoder_alpha: those of the text encoder's adapter, where it has one in the same file.
         ranks: other ranks for some of them, as the option `lora_rank_pattern` has them; None where there are none.
+        base_precision: what the base's weights were kept in while it was trained, int8 or nf4; None: as they were
+            loaded. It fits the base in any precision.
     """
 
     kind: str
@@ -74,6 +76,7 @@ class AdapterFacts(Origin):
     rslora: bool = False
     text_encoder_rank: int | None = None
     text_encoder_alpha: float | None = None
+    base_precision: str | None = None
 
 
 def variance_type_of(folder: Path) -> str | None:

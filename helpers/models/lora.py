@@ -19,6 +19,7 @@ from helpers.config.families import LORA_TARGETS
 from helpers.models.adapters import trainable_parameters
 from helpers.models.denoiser import Denoiser
 from helpers.models.facts import Origin, metadata
+from helpers.models.quantized import pack
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -45,6 +46,7 @@ class LoRA:
             others, alpha / rank; with rslora by alpha / sqrt(their own rank), which is its way to treat them alike.
         text_encoder_rank: that of an adapter of the same kind of the denoiser's text encoder; None where it has none.
         text_encoder_alpha: None scales it as `ranks` are scaled.
+        base_precision: what the UNet's frozen weights are kept in, a key of `quantized.PACK`; None: as they are loaded.
     """
 
     rank: int
@@ -56,10 +58,13 @@ class LoRA:
     ranks: Mapping[str, int] = field(default_factory=dict)
     text_encoder_rank: int | None = None
     text_encoder_alpha: float | None = None
+    base_precision: str | None = None
     origin: Origin | None = None
 
     def attach(self, denoiser: Denoiser, weights_dtype: torch.dtype) -> None:
         denoiser.requires_grad_(False)
+        if self.base_precision:
+            pack(denoiser.unet, self.base_precision)
         layers = LORA_TARGETS[self.targets]
         patterns = {"rank_pattern": dict(self.ranks), "alpha_pattern": self._alphas()}
         denoiser.unet.add_adapter(self._config(layers, self.rank, self.alpha, **patterns))
@@ -119,6 +124,7 @@ class LoRA:
             ranks=",".join(f"{layer}={rank}" for layer, rank in self.ranks.items()) or None,
             text_encoder_rank=self.text_encoder_rank,
             text_encoder_alpha=self._text_encoder_alpha(),
+            base_precision=self.base_precision,
         )
         states = {f"{name}_lora_layers": get_peft_model_state_dict(part) for name, part in parts.items()}
         if texts := states.get("text_encoder_lora_layers"):

@@ -55,6 +55,7 @@ IDENTITY: Mapping[str, str] = MappingProxyType({
     "train_text_encoder": _SHAPES,
     "text_encoder_lora_rank": _SHAPES,
     "text_encoder_lora_alpha": "the saved weights were learned at that scale",
+    "base_model_precision": "the saved weights were learned on top of the base as it was rounded then",
     "use_bitfit": _SHAPES,
     "controlnet": _SHAPES,
     "optimizer": _STATE,
@@ -183,6 +184,7 @@ def adapter_of(config: Config) -> Adapter:
         lora.ranks,
         (lora.text_encoder_lora_rank or lora.lora_rank) if lora.train_text_encoder else None,
         lora.text_encoder_lora_alpha,
+        None if lora.base_model_precision == "no_change" else lora.base_model_precision,
     )
 
 

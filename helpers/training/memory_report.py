@@ -130,6 +130,11 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
         precision = "PURE_BF16=true (--pure_bf16) with MIXED_PRECISION=bf16 (--mixed_precision)"
         words, changed = _with_optimizer(changed, fitting)
         yield f"{precision} and {words}", changed
+    fewer_bits = {"no_change": "int8", "int8": "nf4"}.get(config.lora.base_model_precision)
+    if not all_weights and fewer_bits:
+        changed = _changed(config, "lora", base_model_precision=fewer_bits)
+        learned = ", from which a LoRA learns less exactly" if fewer_bits == "nf4" else ""
+        yield f"BASE_MODEL_PRECISION={fewer_bits} (--base_model_precision){learned}", changed
     if all_weights and optimizer != SMALL_STATE:
         yield _with_optimizer(config, SMALL_STATE)
     if config.optimizer.use_ema:

@@ -38,6 +38,18 @@ def test_gpu_train_reports_memory_and_speed_of_each_case(tmp_path):
     assert lora["trained_parameters"] < lora["parameters"] and full["trained_parameters"] == full["parameters"]
 
 
+def test_gpu_train_measures_a_base_of_few_bits(tmp_path):
+    """Compiled too, as one graph."""
+    options = ["--no-full_size", "--steps=1", "--batch=1", "--backend=eager", f"--output={tmp_path / 'result.json'}"]
+    names = ["I-XL lora b4", "I-XL lora b4 int8", "I-XL lora b4 nf4 checkpointed", "I-M lora b4 int8 compiled"]
+    cases = gpu_train.main([*options, "--only", *names])["cases"]
+    assert set(cases) == set(names) and all(row["samples_a_second"] > 0 for row in cases.values())
+    full, int8, nf4, _ = (cases[name] for name in names)
+    assert full["parameters"] == int8["parameters"] == nf4["parameters"]
+    assert full["trained_parameters"] == int8["trained_parameters"]
+    assert full["estimated_gb"] > int8["estimated_gb"] > nf4["estimated_gb"]
+
+
 def test_gpu_train_measures_models_of_latents(tmp_path):
     """In both precisions one after the other, and predicting v."""
     options = ["--no-full_size", "--steps=1", "--batch=1", f"--output={tmp_path / 'result.json'}"]
@@ -93,7 +105,8 @@ def test_gpu_train_goes_on_after_a_case_that_does_not_fit(tmp_path, monkeypatch)
 def test_gpu_train_has_the_cases_that_users_ask_about():
     names = [case.name for case in gpu_train.CASES]
     assert len(names) == len(set(names))
-    for name in ("I-M lora b4", "I-M full b4", "I-XL lora b4", "II-M lora b4 checkpointed", "I-M lora b64 compiled"):
+    for name in ("I-M lora b4", "I-M full b4", "I-XL lora b4", "II-M lora b4 checkpointed", "I-M lora b64 compiled",
+                 "I-XL lora b4 int8", "I-XL lora b4 nf4 checkpointed"):  # fmt: skip
         assert name in names
     for model in ("SD-1.5", "SD-2.1", "III-x4"):
         for case in ("lora b4", "lora b4 mixed", "lora b4 checkpointed", "lora b4 compiled", "full b4 checkpointed"):

@@ -92,6 +92,7 @@ def test_a_wrong_export_is_answered_in_words(environ, exports, words):
 
 def test_what_asks_for_nothing_passes(environ):
     off = {"CONTROLNET": "", "TEXT_ENCODER_LIMIT": "", "DELETE_SMALL_IMAGES": "false"}
+    off |= {"TEXT_ENCODER_1_PRECISION": "no_change"}
     assert command_line([], environ | off, NOTHING, "python") == command_line([], environ, NOTHING, "python")
 
 

@@ -100,6 +100,10 @@ def test_an_error_names_flag_export_and_key_with_what_was_found():
     ("--caption_dropout_probability=1.5", "at most 1"),
     ("--mixed_precision=fp16", "type bf16"),
     ("--caption_strategy=parquet", "type textfile"),
+    ("--base_model_precision=int8-quanto", "type int8"),
+    ("--base_model_precision=fp8-torchao", "type int8"),
+    ("--base_model_precision=nf4-bnb", "type nf4"),
+    ("--base_model_precision=fp4", "needs one of no_change, int8, nf4"),
     ("--resume_from_checkpoint=checkpoint-x", "needs latest, none, or the name of a checkpoint"),
     ("--validation_resolution=64,wide", "'wide' is not a size"),
     ("--instance_prompt", "no value, needs text"),
@@ -172,6 +176,9 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--prediction_type=v_prediction"], "DeepFloyd IF stage I predicts"),
     (["--validation_noise_level=100"], "validation of DeepFloyd IF stage I upscales nothing"),
     (["--train_variance=false", "--model_type=full"], "predicts no variance that could be trained"),
+    (["--base_model_precision=int8", "--model_type=full", "--controlnet"], "remove it, or set model_type to lora"),
+    (["--base_model_precision=nf4", "--model_type=deepfloyd-full", "--use_bitfit"], "which trains no adapter"),
+    (["--base_model_precision=int8", "--model_type=deepfloyd-stage2"], "set model_type to deepfloyd-stage2-lora"),
     (["--rescale_betas_zero_snr"], "found true for a model that predicts epsilon"),
 ])
 def test_options_that_do_not_fit_together_are_refused(flags, words):

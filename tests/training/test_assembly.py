@@ -85,7 +85,8 @@ def test_without_a_wish_for_xformers_nothing_is_said(capsys):
     assert not capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag, same", [("--revision=v2", False), ("--variant=fp16", False), ("--dry_run", True)])
+@pytest.mark.parametrize("flag, same", [("--revision=v2", False), ("--variant=fp16", False), ("--dry_run", True),
+                                       ("--base_model_precision=int8", False)])
 def test_a_checkpoint_belongs_to_the_weights_that_it_began_with(flag, same):
     plain, other = (as_json(load(["--model_type=deepfloyd-lora", *words]))["options"] for words in ([], [flag]))
     assert all(plain[name] == other[name] for name in IDENTITY) == same

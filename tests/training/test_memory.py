@@ -56,6 +56,8 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         {"mixed_precision": "no", "use_dora": True, "optimizer": "adafactor"},
         {"mixed_precision": "bf16", "lora_targets": "attention+conv", "use_ema": True},
         {"mixed_precision": "bf16", "pure_bf16": True, "gradient_checkpointing": True},
+        {"mixed_precision": "bf16", "base_model_precision": "int8"},
+        {"mixed_precision": "bf16", "pure_bf16": True, "base_model_precision": "nf4"},
         {"mixed_precision": "no", "model_type": "deepfloyd-full", "use_ema": True},
         {"mixed_precision": "bf16", "model_type": "deepfloyd-full"},
         {"mixed_precision": "bf16", "pure_bf16": True, "model_type": "deepfloyd-full"},
@@ -161,8 +163,11 @@ def counted_on_the_cpu(parts: Parts, setup: Setup) -> int:
         {"adapter": Full(), "autocast": True},
         {"adapter": Full(), "autocast": True, "size": Size(16, 16)},  # where autocast's copies of weights weigh most
         {"adapter": LoRA(4, 4, 0.0, "attention", dora=True)},
+        {"adapter": LoRA(4, 4, 0.0, "attention", base_precision="int8"), "weights": torch.bfloat16, "autocast": True},
+        {"adapter": LoRA(4, 4, 0.0, "attention", base_precision="nf4")},
     ],
-    ids=["lora fp32", "full fp32", "lora pure bf16", "lora mixed", "full mixed", "small full mixed", "dora fp32"],
+    ids=["lora fp32", "full fp32", "lora pure bf16", "lora mixed", "full mixed", "small full mixed", "dora fp32",
+         "int8 mixed", "nf4 fp32"],
 )
 def test_the_activations_are_those_of_real_tensors(tiny_model, monkeypatch, values, checkpointing):
     monkeypatch.setattr(AsOnCuda, "IN_FLOAT32", set())  # the CPU's autocast leaves these as they are
@@ -222,6 +227,9 @@ def test_what_saves_memory_saves_it_in_the_estimate(tiny_model):
     assert estimate(setup(tiny_model, checkpointing=True)).activations < 0.4 * plain.activations
     assert estimate(setup(tiny_model, batch_size=4)).activations == pytest.approx(2 * plain.activations, rel=0.05)
     assert estimate(setup(tiny_model, size=Size(96, 64))).activations > 1.4 * plain.activations
+    for precision, part in (("int8", 0.3), ("nf4", 0.2)):
+        kept = estimate(setup(tiny_model, adapter=LoRA(4, 4, 0.0, "attention", base_precision=precision)))
+        assert kept.weights < part * plain.weights and kept.activations < plain.activations
     accumulating = estimate(setup(tiny_model, accumulates=True))
     assert accumulating.peak == sum(accumulating.parts.values())
     mixed = {"weights": torch.bfloat16, "autocast": True}

@@ -9,6 +9,9 @@ from helpers.training.memory import Memory, estimate
 
 SPEC = SPECS["deepfloyd-i"]
 SIZE = Size(64, 64)
+SPARING = {
+    "model_type": "deepfloyd-lora", "base_model_precision": "nf4", "gradient_checkpointing": True, "train_batch_size": 1,
+}  # fmt: skip
 FLAGS = {"model_type": "deepfloyd-full", "mixed_precision": "bf16", "train_batch_size": 4}
 
 
@@ -61,22 +64,25 @@ def test_a_dry_run_tells_what_the_vae_takes_before_the_training(count, words):
 
 
 def test_what_is_used_already_is_not_proposed_again():
-    flags = {"gradient_checkpointing": True, "train_batch_size": 1, "pure_bf16": True, "model_type": "deepfloyd-lora"}
+    flags = {**SPARING, "pure_bf16": True}
     assert list(memory_report.savings(config_of(**flags))) == []
-    small = {**flags, "optimizer": "adamw8bit", "model_type": "deepfloyd-full"}
+    for used, proposed in (("no_change", "int8"), ("int8", "nf4")):
+        [(words, changed)] = memory_report.savings(config_of(**{**flags, "base_model_precision": used}))
+        assert words.startswith(f"BASE_MODEL_PRECISION={proposed} (--base_model_precision)")
+        assert changed.lora.base_model_precision == proposed
+    small = {**flags, "optimizer": "adamw8bit", "model_type": "deepfloyd-full", "base_model_precision": "no_change"}
     assert [words.split("=")[0] for words, _ in memory_report.savings(config_of(**small))] == ["MODEL_TYPE"]
     [(words, changed)] = memory_report.savings(config_of(**{**flags, "pure_bf16": False, "optimizer": "lion"}))
     assert "OPTIMIZER=lion" in words and changed.training.pure_bf16
 
 
 def test_from_prodigy_another_optimizer_is_proposed_with_a_rate_of_its_own():
-    flags = {"gradient_checkpointing": True, "train_batch_size": 1, "model_type": "deepfloyd-lora"}
-    [(words, _)] = memory_report.savings(config_of(**flags, pure_bf16=False, optimizer="prodigy", learning_rate=1))
+    [(words, _)] = memory_report.savings(config_of(**SPARING, pure_bf16=False, optimizer="prodigy", learning_rate=1))
     assert "OPTIMIZER=adamw_bf16 (--optimizer) with LEARNING_RATE=4e-05 (--learning_rate)" in words
 
 
 def test_where_nothing_saves_memory_smaller_images_are_named_if_they_can_be(tiny_model):
-    flags = {"gradient_checkpointing": True, "train_batch_size": 1, "pure_bf16": True, "model_type": "deepfloyd-lora"}
+    flags = {**SPARING, "pure_bf16": True}
     for size, proposed in ((SIZE, False), (Size(96, 64), True)):
         said = memory_report.report(config_of(**flags), SPEC, tiny_model / "unet" / "config.json", size, 1)
         assert "smaller model" in said and ("RESOLUTION" in said) == proposed
