@@ -64,13 +64,13 @@ IN_FULL = "no_change"
 EDGE = 64
 
 
-def memory(steps: int, batch: int, full_size: bool) -> dict[str, Any]:
-    """GB (1e9 bytes) that a step takes, estimated of three models and counted of one, and what its time is."""
-    return {"estimates": list(_estimates(full_size)), "counted": _counted(steps, batch, full_size)}
+def memory(models: Sequence[str], steps: int, batch: int, full_size: bool) -> dict[str, Any]:
+    """GB (1e9 bytes) that a step takes, estimated of these models and counted of I-M, and what its time is."""
+    return {"estimates": list(_estimates(models, full_size)), "counted": _counted(steps, batch, full_size)}
 
 
-def _estimates(full_size: bool) -> Iterator[dict[str, Any]]:
-    for model in ("I-M", "I-L", "I-XL"):
+def _estimates(models: Sequence[str], full_size: bool) -> Iterator[dict[str, Any]]:
+    for model in models:
         for base in PRECISIONS:
             cases = [Case(model, "lora", 4, checkpointing, base=base) for checkpointing in (False, True)]
             config = UNet2DConditionModel.load_config(architecture(cases[0].hub_id))
@@ -255,8 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("memory", "drift", "learning")
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
-    parser.add_argument("--steps", type=int, default=100, help="of the training")
-    parser.add_argument("--timed_steps", type=int, default=5)
+    parser.add_argument("--models", nargs="+", default=("I-M", "I-L", "I-XL"), help="whose memory is estimated")
+    parser.add_argument("--steps", type=int, default=80, help="of the training")
+    parser.add_argument("--timed_steps", type=int, default=3)
     parser.add_argument("--sampling_steps", type=int, default=25)
     parser.add_argument("--batch", type=int, default=8, help="of the training")
     full_size = argparse.BooleanOptionalAction
@@ -264,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quantized_base.json")
     options = parser.parse_args(arguments)
     measure = {
-        "memory": lambda: memory(options.timed_steps, 1, options.full_size),
+        "memory": lambda: memory(options.models, options.timed_steps, 1, options.full_size),
         "drift": lambda: drift(options.sampling_steps),
         "learning": lambda: learning(options.steps, options.batch),
     }

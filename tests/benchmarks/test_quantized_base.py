@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import quantized_base, report
 
-OPTIONS = ["--no-full_size", "--steps=1", "--timed_steps=1", "--batch=1", "--sampling_steps=1"]
+OPTIONS = ["--no-full_size", "--steps=1", "--timed_steps=1", "--batch=1", "--sampling_steps=1", "--models", "I-XL"]
 
 
 @pytest.fixture(scope="module")

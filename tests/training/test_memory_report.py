@@ -10,8 +10,11 @@ from helpers.training.memory import Memory, estimate
 SPEC = SPECS["deepfloyd-i"]
 SIZE = Size(64, 64)
 SPARING = {
-    "model_type": "deepfloyd-lora", "base_model_precision": "nf4", "gradient_checkpointing": True, "train_batch_size": 1,
-}  # fmt: skip
+    "model_type": "deepfloyd-lora",
+    "base_model_precision": "nf4",
+    "gradient_checkpointing": True,
+    "train_batch_size": 1,
+}
 FLAGS = {"model_type": "deepfloyd-full", "mixed_precision": "bf16", "train_batch_size": 4}
 
 
