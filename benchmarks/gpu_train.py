@@ -4,7 +4,7 @@
     python -m benchmarks.gpu_train [--only NAME ...] [--steps 30] [--batch N] [--full_size] [--output FILE]
 
 Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs; cases called mixed keep
-what is trained in float32, and compute in bf16. DeepFloyd IF I-M, I-XL and II-M, the x4 upscaler at 512 px, and Stable
+what is trained in float32, and compute in bf16; cases called released update the weights in the backward pass. DeepFloyd IF I-M, I-XL and II-M, the x4 upscaler at 512 px, and Stable
 Diffusion 1.5 at 512 px and 2.1 at 768 px; the images of the last three are in their cache already, as latents. `--only` takes names of cases, such as "I-M lora b4"
 or "SD-*"; what was measured before on the same machine and commit stays in the file.
 Without a GPU the architectures are shrunk, for trying the script anywhere, and no peak is told, which PyTorch does not
@@ -60,6 +60,8 @@ class Case:
         mode: of torch.compile; None: not compiled.
         mixed: whether what is trained is float32; else all is bfloat16.
         base: what a LoRA's frozen weights are kept in, as BASE_MODEL_PRECISION says; None: as they are.
+        releases: whether weights are updated in the backward pass, and gradients are not clipped.
+        optimizer: a key of `OPTIMIZERS`.
     """
 
     model: str
@@ -69,11 +71,14 @@ class Case:
     mode: str | None = None
     mixed: bool = False
     base: str | None = None
+    releases: bool = False
+    optimizer: str = OPTIMIZER
 
     @property
     def name(self) -> str:
         words = [self.model, self.training, f"b{self.batch}", "mixed" if self.mixed else "", self.base or ""]
-        words += ["checkpointed" if self.checkpointing else ""]
+        words += ["checkpointed" if self.checkpointing else "", "released" if self.releases else ""]
+        words += [self.optimizer if self.optimizer != OPTIMIZER else ""]
         words += [{None: "", "default": "compiled"}.get(self.mode, f"compiled for {self.mode}")]
         return " ".join(filter(None, words))
 
@@ -129,6 +134,13 @@ CASES += [
         Case(model, "full", 4, checkpointing=True),
     )
 ]
+CASES += [
+    Case("I-M", "full", 4, releases=True),
+    Case("I-M", "full", 4, checkpointing=True, releases=True),
+    Case("I-XL", "full", 4, checkpointing=True),
+    Case("I-XL", "full", 4, checkpointing=True, releases=True),
+    Case("I-XL", "full", 4, checkpointing=True, releases=True, optimizer="adafactor"),
+]
 
 
 def measure(case: Case, steps: int, batch: int, full_size: bool, backend: str) -> dict[str, Any]:
@@ -151,7 +163,7 @@ def _measured(case: Case, config: dict[str, Any], steps: int, batch: int, backen
     torch.manual_seed(0)
     parts = random_parts(case.family, config, DTYPE, accelerator.device, PREDICTIONS.get(case.model, "epsilon"))
     parameters = sum(parameter.numel() for parameter in parts.unet.parameters())
-    run = create_run(parts, case.adapter, case.trained, OPTIMIZER, accelerator)
+    run = create_run(parts, case.adapter, case.trained, case.optimizer, accelerator, case.releases)
     if on_gpu:  # a run quantises on the CPU, before the weights come to the GPU
         torch.cuda.reset_peak_memory_stats()
     if case.checkpointing:
@@ -201,13 +213,14 @@ def estimated_gb(case: Case, config: dict[str, Any], batch: int) -> float:
             weights=DTYPE,
             trained=case.trained,
             autocast=case.mixed,
-            optimizer=OPTIMIZER,
+            optimizer=case.optimizer,
             ema=False,
             checkpointing=case.checkpointing,
             batch_size=batch,
             size=Size(edge, edge),
             tokens=77,
             channels=SPECS[case.family].space.channels,
+            releases=case.releases,
         )
         return estimate(setup).peak / 1e9
 

@@ -248,11 +248,27 @@ def quantized(result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+
+
+def released(result: Mapping[str, Any]) -> str:
+    cases = [
+        [name, *(number(case[figure]) for figure in ("peak_gb", "gradients_gb", "estimated_gb"))]
+        for name, case in result["memory"].items()
+    ]
+    time = result["time"]
+    return (
+        "Tensors at the most, of a step of full tuning in pure bf16:\n\n"
+        f"{table(['case', 'all, GB', 'gradients alone, GB', 'all, as estimated'], cases)}\n\nA step of a tiny model, cut"
+        f" into as many buckets, takes {number(time['ratio'])} times as long with its gradients released."
+    )
+
+
 SECTIONS: Sequence[tuple[str, str, Callable[[Mapping[str, Any]], str]]] = (
     ("DeepFloyd IF beside diffusers' example", "versus_diffusers", contest),
     ("Stable Diffusion beside diffusers' example", "versus_diffusers_sd", contest),
     ("Training on a GPU", "gpu_train", training),
     ("A frozen base of 8 and 4 bits", "quantized_base", quantized),
+    ("Gradients that are released", "released_gradients", released),
     ("Images and captions", "data", data),
     ("Scanning a large dataset", "scan", scanning),
     ("Text embeds in 8 bits", "embeds_drift", drift),

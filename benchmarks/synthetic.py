@@ -20,6 +20,7 @@ from helpers.models.published import ARCHITECTURES
 from helpers.models.spaces import Latents
 from helpers.training.loop import Run
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
+from helpers.training.released import Released
 from helpers.training.schedules import LearningRate
 
 UPSCALER = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
@@ -87,10 +88,22 @@ def endless(batch: Batch) -> Iterator[tuple[Position, Batch]]:
     return repeat((Position(0, 0), batch))
 
 
-def create_run(parts: Parts, adapter: Adapter, trained: torch.dtype, optimizer: str, accelerator: Accelerator) -> Run:
-    """A run over the parts, as the trainer makes it, with a constant learning rate and no end in sight."""
+def create_run(
+    parts: Parts,
+    adapter: Adapter,
+    trained: torch.dtype,
+    optimizer: str,
+    accelerator: Accelerator,
+    releases: bool = False,
+) -> Run:
+    """A run over the parts, as the trainer makes it, with a constant learning rate and no end in sight.
+
+    Args:
+        releases: whether gradients are released, and not clipped.
+    """
     adapter.attach(parts.denoiser, trained)
     made = OPTIMIZERS[optimizer](trainable_parameters(parts.denoiser), LEARNING_RATE, ADAM)
+    released = Released(made) if releases else None
     denoiser, made = accelerator.prepare(parts.denoiser, made)
     return Run(
         accelerator=accelerator,
@@ -98,6 +111,7 @@ def create_run(parts: Parts, adapter: Adapter, trained: torch.dtype, optimizer: 
         denoiser=denoiser,
         optimizer=made,
         learning_rate=LearningRate("constant", LEARNING_RATE, 0.0, 0, 10**9),
-        max_grad_norm=1.0,
+        max_grad_norm=0.0 if releases else 1.0,
+        released=released,
         generator=torch.Generator(accelerator.device).manual_seed(0),
     )

@@ -85,6 +85,7 @@ VALUES = {
     "adam_beta2": ("0.99", 0.99),
     "adam_epsilon": ("1e-6", 1e-6),
     "adam_weight_decay": ("0", 0.0),
+    "optimizer_release_gradients": ("true", True),
     "use_ema": ("true", True),
     "ema_decay": ("0.99", 0.99),
     "validation_prompt": ("a müde fox\nin 'snow'", "a müde fox\nin 'snow'"),
@@ -130,7 +131,8 @@ NEEDED = {"resolution_type": ["--resolution=0.01"], "lr_power": ["--lr_scheduler
           "timestep_bias_end": ["--timestep_bias_strategy=range"],
           "validation_noise_level": ["--model_type=deepfloyd-stage2-lora"],
           "num_eval_images": ["--model_type=deepfloyd-stage2-lora"], "use_bitfit": ["--model_type=deepfloyd-full"],
-          "controlnet": ["--model_type=full"]}
+          "controlnet": ["--model_type=full"],
+          "optimizer_release_gradients": ["--model_type=deepfloyd-full", "--max_grad_norm=0"]}
 BASE = {"model_type": "deepfloyd-lora"}
 
 

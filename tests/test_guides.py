@@ -164,6 +164,18 @@ def test_the_memory_that_the_guide_tells_of_a_base_of_few_bits_is_what_a_dry_run
     assert [f"{peak:.1f}" for peak in told] == figures
 
 
+@pytest.mark.parametrize("model", ["I-M", "I-XL"])
+def test_the_memory_that_the_guide_tells_of_released_gradients_is_what_a_dry_run_estimates(model):
+    [figures] = [figures for name, *figures in rows_of("full, checkpointed") if name == model]
+    flags = ["--model_type=deepfloyd-full", "--pure_bf16", "--gradient_checkpointing", "--max_grad_norm=0"]
+    path, told = architecture(f"DeepFloyd/IF-{model}-v1.0"), []
+    for optimizer in ("adamw_bf16", "adamw8bit", "adafactor"):
+        for releases in ("false", "true"):
+            config = load([*flags, f"--optimizer={optimizer}", f"--optimizer_release_gradients={releases}"]).config
+            told.append(estimate(setup_of(config, SPECS["deepfloyd-i"], path, Size(64, 64))).peak / 1e9)
+    assert [f"{peak:.1f}" for peak in told] == figures
+
+
 @pytest.mark.parametrize("flavour", ["1.5", "2.1"])
 def test_the_memory_that_the_guide_tells_of_stable_diffusion_is_what_a_dry_run_estimates(flavour):
     rows = rows_of("| LoRA, rank 32", STABLE_DIFFUSION)

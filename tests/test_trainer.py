@@ -179,9 +179,14 @@ def test_the_variance_is_validated_exported_and_told_as_it_is_trained(
     assert (tuned.unet.conv_out.weight[3:] != before[3:]).any() == trained
 
 
-def test_full_tuning_resumes_bit_for_bit(trainer, tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [{"optimizer": "adamw8bit"}, {"optimizer_release_gradients": True, "max_grad_norm": 0}],
+    ids=["8 bits", "released gradients"],
+)
+def test_full_tuning_resumes_bit_for_bit(trainer, tmp_path, flags):
     common = {"model_type": "deepfloyd-full", "lora_rank": None, "checkpointing_steps": 2, "learning_rate": 1e-3}
-    common |= {"mixed_precision": "bf16", "pure_bf16": True, "optimizer": "adamw8bit", "use_ema": True}
+    common |= {"mixed_precision": "bf16", "pure_bf16": True, "use_ema": True, **flags}
     assert trainer(output_dir=tmp_path / "whole", max_train_steps=4, **common) == 0
     assert trainer(output_dir=tmp_path / "parts", max_train_steps=4, **common) == 0
     shutil.rmtree(tmp_path / "parts" / "checkpoint-4")

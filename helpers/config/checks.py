@@ -43,6 +43,7 @@ def problems(config: Config) -> Iterator[Problem]:
     yield from _validation_sizes(config)
     yield from _precision(config)
     yield from _optimizer(config)
+    yield from _released_gradients(config)
     yield from _learning_rate(config)
     yield from _waves(config)
     if config.training.max_train_steps:
@@ -225,6 +226,53 @@ def _optimizer(config: Config) -> Iterator[Problem]:
                 (setting, "optimizer"),
                 f"found {getattr(options, setting):g} beside optimizer {name!r}, which has no such setting: remove it",
             )
+
+
+def _released_gradients(config: Config) -> Iterator[Problem]:
+    name, training, optimizer = "optimizer_release_gradients", config.training, config.optimizer.optimizer
+    if not config.optimizer.optimizer_release_gradients:
+        return
+    if config.training_kind != "full" or training.use_bitfit:
+        option, trained = ("use_bitfit", "biases") if training.use_bitfit else ("model_type", "an adapter")
+        words = f"found true, but gradients of {trained} are small, and nothing would be won: set it to false"
+        yield Problem((name, option), words)
+        return
+    if training.max_grad_norm:
+        yield Problem(
+            (name, "max_grad_norm"),
+            f"found true beside max_grad_norm {training.max_grad_norm:g}, which is the norm of all gradients, and they "
+            "are never there together: set max_grad_norm to 0, or this to false",
+        )
+    if training.gradient_accumulation_steps > 1:
+        yield Problem(
+            (name, "gradient_accumulation_steps"),
+            f"found true beside gradient_accumulation_steps {training.gradient_accumulation_steps}, for which gradients "
+            "wait until further batches are computed: set gradient_accumulation_steps to 1, or this to false",
+        )
+    if training.mixed_precision == "fp16":
+        yield Problem(
+            (name, "mixed_precision"),
+            "found true beside mixed_precision fp16, whose loss scale is found by all gradients at once: set "
+            "mixed_precision to bf16, or this to false",
+        )
+    reason = OPTIMIZERS[optimizer].needs_all
+    if reason:
+        other = "adamw_bf16" if training.pure_bf16 else "adamw"
+        yield Problem(
+            (name, "optimizer"),
+            f"found true beside optimizer {optimizer!r}, which {reason}: type optimizer "
+            f"{_with_its_rate(other, optimizer)}, or set this to false",
+        )
+
+
+def problems_of_several(config: Config, processes: int) -> Iterator[Problem]:
+    """What is wrong where so many processes train together."""
+    if processes > 1 and config.optimizer.optimizer_release_gradients:
+        yield Problem(
+            ("optimizer_release_gradients",),
+            f"found true beside {processes} processes (TRAINING_NUM_PROCESSES), which add up their gradients first: set "
+            "it to false, or train with one process",
+        )
 
 
 def _learning_rate(config: Config) -> Iterator[Problem]:

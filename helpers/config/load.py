@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from helpers.config.backends import Backends, load_backends
 from helpers.config.checks import problems as problems_between
+from helpers.config.checks import problems_of_several
 from helpers.config.docs import help_text
 from helpers.config.families import Contradiction, Model, resolve
 from helpers.config.jsonfile import read_json
@@ -30,6 +31,7 @@ from helpers.config.problems import (
     key_name,
     needs,
 )
+from helpers.launch import rank_and_count
 from helpers.sizes import Size
 
 ENV_FILE_MARK = "FLOYDTUNER_ENV_FILE"
@@ -83,6 +85,7 @@ def load_all(
     """
     read = _read(argv, environ)
     read.problems.extend([*_sharding(environ), *_left_alone(environ)])
+    read.problems.extend(map(str, problems_of_several(read.resolved.config, rank_and_count(environ)[1])))
     return _with_backends(read)
 
 

@@ -21,6 +21,7 @@ class OptimizerFacts:
         least_rate, greatest_rate: a learning_rate outside is a mistake. Prodigy's is only a factor of what it finds.
         one_rate: all that is trained has one rate.
         lost_in_bf16: what becomes of its steps where the weights are kept in bfloat16, if it cannot be used there.
+        needs_all: why it cannot update some parameters before the gradients of the others are there, if so.
     """
 
     settings: tuple[str, ...] = ADAM_SETTINGS
@@ -31,13 +32,16 @@ class OptimizerFacts:
     greatest_rate: float = 0.1
     one_rate: bool = False
     lost_in_bf16: str | None = None
+    needs_all: str | None = None
 
 
 OPTIMIZERS: Mapping[str, OptimizerFacts] = MappingProxyType({
     "adamw": OptimizerFacts(lost_in_bf16="bf16 weights would round most of its steps away"),
     "adamw_bf16": OptimizerFacts(),
     "adamw8bit": OptimizerFacts(package="bitsandbytes"),
-    "ao_adamw8bit": OptimizerFacts(package="torchao"),
+    "ao_adamw8bit": OptimizerFacts(
+        package="torchao", needs_all="rounds with random numbers in the order in which it updates",
+    ),
     "adafactor": OptimizerFacts(settings=("adam_weight_decay",)),
     "lion": OptimizerFacts(
         settings=("adam_beta1", "adam_beta2", "adam_weight_decay"), package="bitsandbytes",
@@ -46,5 +50,6 @@ OPTIMIZERS: Mapping[str, OptimizerFacts] = MappingProxyType({
     "prodigy": OptimizerFacts(
         package="prodigyopt", learning_rate=1.0, least_rate=0.01, greatest_rate=math.inf, one_rate=True,
         lost_in_bf16="bf16 weights would not move: it begins with steps far below their precision",
+        needs_all="finds its rate by all gradients at once",
     ),
 })

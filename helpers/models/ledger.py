@@ -25,7 +25,7 @@ class Ledger(TorchDispatchMode):
         self._known = list(known)  # kept alive, so that nothing else gets their addresses
         self._bytes = {tensor.untyped_storage()._cdata: 0 for tensor in self._known}
         self._activations = self._gradients = 0
-        self.most_activations = self.most = 0
+        self.most_activations = self.most_gradients = self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -36,10 +36,16 @@ class Ledger(TorchDispatchMode):
 
     def count_as_gradient(self, parameter: Parameter) -> None:
         """Book a parameter's gradient, which an operation returned, as such."""
-        key = parameter.grad.untyped_storage()._cdata
-        size, self._bytes[key] = self._bytes[key], 0
+        storage = parameter.grad.untyped_storage()
+        size, self._bytes[storage._cdata] = self._bytes[storage._cdata], 0
         self._activations -= size
         self._gradients += size
+        self.most_gradients = max(self.most_gradients, self._gradients)
+        weakref.finalize(storage, self._free_gradient, size)
+
+    def count_work(self, nbytes: int) -> None:
+        """Book what something works with for a moment, besides what lives."""
+        self.most = max(self.most, self._activations + self._gradients + nbytes)
 
     def _enter(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._bytes:
@@ -52,6 +58,9 @@ class Ledger(TorchDispatchMode):
 
     def _leave(self, key: int) -> None:
         self._activations -= self._bytes.pop(key)
+
+    def _free_gradient(self, size: int) -> None:
+        self._gradients -= size
 
 
 class AsOnCuda(TorchFunctionMode):

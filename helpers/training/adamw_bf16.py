@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from helpers.training.rounding import Generators, chunks_of, flat, scatter, slices, stochastically_rounded
+from helpers.training.rounding import chunks_of, flat, generator_of, scatter, slices, stochastically_rounded
 
 
 class AdamWBf16(torch.optim.Optimizer):
@@ -21,18 +22,25 @@ class AdamWBf16(torch.optim.Optimizer):
 
     Parameters are gathered into flat chunks, and large ones cut into several: so a step takes some dozens of kernels, not
     some for each parameter, and little memory beside what stays.
-    The random bits come from a generator seeded with the step: a resumed run draws the same ones.
+    The random bits go by the step and the chunk: a resumed run draws the same ones.
+
+    Attributes:
+        pieces_of: how it cuts a parameter.
     """
+
+    pieces_of = staticmethod(slices)
 
     def __init__(
         self, params: Iterable[Parameter], lr: float, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        places = accumulate((len(slices(parameter)) for parameter in parameters), initial=0)
+        self._places = dict(zip(parameters, places))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None if closure is None else torch.enable_grad()(closure)()
-        generators = Generators(self.param_groups[0]["step"] + 1)
         for group in self.param_groups:
             group["step"] += 1
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -44,9 +52,11 @@ class AdamWBf16(torch.optim.Optimizer):
                 [parameter.grad for parameter in parameters],
             )
             pieces = [[piece for tensor in row for piece in slices(tensor)] for row in rows]
+            places = [self._places[one] + number for one in parameters for number, _ in enumerate(slices(one))]
             for chunk in chunks_of(pieces[0]):
                 *kept, gradients = (row[chunk] for row in pieces)
-                self._update(kept, gradients, group, generators.on(gradients[0].device))
+                bits = generator_of(group["step"], places[chunk.start], gradients[0].device)
+                self._update(kept, gradients, group, bits)
         return loss
 
     def _update(

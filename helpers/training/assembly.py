@@ -33,6 +33,7 @@ from helpers.processes import Processes
 from helpers.training.ema import EMA
 from helpers.training.loop import Run
 from helpers.training.optimizers import OPTIMIZERS, RATE_FACTOR, AdamSettings, Trained
+from helpers.training.released import Released
 from helpers.training.schedules import LearningRate
 
 _SHAPES = "the saved weights are those of another adapter"
@@ -315,6 +316,7 @@ def create_run(
     options = config.optimizer
     adam = AdamSettings(options.adam_beta1, options.adam_beta2, options.adam_epsilon, options.adam_weight_decay)
     optimizer = OPTIMIZERS[options.optimizer](_trained(parts.denoiser, config), options.learning_rate, adam)
+    released = Released(optimizer) if options.optimizer_release_gradients else None
     denoiser, optimizer = accelerator.prepare(parts.denoiser, optimizer)
     if processes.rank:
         torch.manual_seed(training.seed + processes.rank)  # dropout of its own; all else that is drawn is the same
@@ -324,6 +326,7 @@ def create_run(
         denoiser=denoiser,
         optimizer=optimizer,
         learning_rate=learning_rate_of(options, steps),
+        released=released,
         max_grad_norm=training.max_grad_norm,
         max_nonfinite_steps=training.max_nonfinite_steps,
         generator=torch.Generator(accelerator.device).manual_seed(training.seed),

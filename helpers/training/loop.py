@@ -24,6 +24,7 @@ from helpers.processes import Processes
 from helpers.training.ema import EMA
 from helpers.training.nonfinite import Passed, all_finite, describe, gradient_norm, reports
 from helpers.training.optimizers import restore_state, set_rate
+from helpers.training.released import Released
 from helpers.training.requests import Requests
 from helpers.training.schedules import LearningRate
 from helpers.training.step import training_loss
@@ -50,6 +51,7 @@ class Run:
     max_grad_norm: float
     generator: torch.Generator
     ema: EMA | None = None
+    released: Released | None = None  # makes most updates in the backward pass
     max_nonfinite_steps: int = 5
     # Scales the loss where the forward pass is in float16. Not accelerate's, which would leave steps out by itself, and
     # is for GPUs alone.
@@ -161,7 +163,8 @@ def train(
 ) -> None:
     """Train until the last step, or until it is asked to stop.
 
-    A step whose loss or gradient is not finite changes nothing but the random numbers drawn, and counts as a step.
+    A step whose loss or gradient is not finite changes nothing but the random numbers drawn, and counts as a step; with
+    `released`, weights whose gradients came before the one that is not are updated, and stay so.
     Where it is the loss scale that makes the gradient of a finite loss infinite, the scale falls: nothing is broken.
 
     Args:
@@ -206,6 +209,8 @@ def _passed(run: Run, batch: Batch) -> Passed:
             loss, timesteps = training_loss(run.parts, run.denoiser, batch, run.generator)
         if batch.share:
             loss = loss * batch.share.weight
+        if run.released:
+            run.released.begin(loss)
         run.accelerator.backward(run.scaler.scale(loss))
     images = batch.share.total if batch.share else len(batch.uses)
     text = batch.prompt_embeds.flatten(1).sum(1, dtype=torch.float32)
@@ -220,6 +225,8 @@ def _losses(run: Run, passes: Sequence[Passed]) -> torch.Tensor:
 
 def _clipped(run: Run, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """Clip the gradient; a norm of it from before, which is finite where all of it is."""
+    if run.released:
+        return run.released.norm()
     if run.max_grad_norm:
         return run.accelerator.clip_grad_norm_(parameters, run.max_grad_norm)
     return gradient_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
@@ -251,7 +258,15 @@ def _skip(
         wider = wider if run.computed == torch.float16 else ""
         raise NonFiniteLoss(_broken(f"Step {step}: {what}\nNo more than {limit} skipped") + wider)
     if run.processes.is_first:
-        tqdm.write(f"Step {step} is skipped, {run.skipped_in_a_row} in a row: {what}", file=sys.stderr)
+        words = f"Step {step} is skipped, {run.skipped_in_a_row} in a row{_but_for_released(run)}: {what}"
+        tqdm.write(words, file=sys.stderr)
+
+
+def _but_for_released(run: Run) -> str:
+    if not (run.released and run.released.updated):
+        return ""
+    some = f"{run.released.updated:,} of {run.released.count:,} tensors"
+    return f", but for {some} that were updated before that was seen (OPTIMIZER_RELEASE_GRADIENTS)"
 
 
 def require_finite(run: Run) -> None:

@@ -28,7 +28,8 @@ from helpers.models.gradient_checkpointing import checkpoint_everything, checkpo
 from helpers.models.ledger import META, AsOnCuda, Ledger
 from helpers.models.text import CLIP
 from helpers.sizes import Size
-from helpers.training.rounding import chunks_of, slices
+from helpers.training.released import Arrivals, buckets_of
+from helpers.training.rounding import chunks_of, slices, whole
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Setup:
         trains_variance: whether that is in the loss, where the UNet predicts one.
         channels: of x.
         text_encoder: the `config.json` of the text encoder; None where that is not trained.
+        releases: whether weights are updated in the backward pass, and their gradients freed.
     """
 
     architecture: Path
@@ -65,6 +67,7 @@ class Setup:
     trains_variance: bool = True
     channels: int = 3
     text_encoder: Path | None = None
+    releases: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Memory:
     """Bytes, by what takes them.
 
     Attributes:
+        gradients: of all that is trained; where they are released, the most of them at one time.
         activations: the most that forward and backward pass hold at one time besides gradients.
         peak: the most of all at one time, which is below their sum: gradients come as activations go.
     """
@@ -104,13 +108,13 @@ def estimate(setup: Setup) -> Memory:
     denoiser = without_data(setup)
     trained = trainable_parameters(denoiser)
     weights = sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers()))
-    gradients = sum(parameter.nbytes for parameter in trained)
     optimizer = STATE_BYTES[setup.optimizer](trained)
     ema = sum(4 * parameter.numel() for parameter in trained) if setup.ema else 0
     ledger = _pass(denoiser, setup)
+    gradients = ledger.most_gradients if setup.releases else sum(parameter.nbytes for parameter in trained)
     phases = [
         gradients + ledger.most_activations if setup.accumulates else ledger.most,
-        gradients + max(UPDATE_BYTES[setup.optimizer](group) for group in parameter_groups(denoiser)),
+        0 if setup.releases else gradients + max(map(UPDATE_BYTES[setup.optimizer], parameter_groups(denoiser))),
         _in_chunks(8, 4)(trained) if setup.ema else 0,  # the average's update, when the gradients are gone
     ]
     peak = weights + optimizer + ema + max(phases)
@@ -172,11 +176,25 @@ def _pass(denoiser: Denoiser, setup: Setup) -> Ledger:
     ledger = Ledger(denoiser.parameters())
     for parameter in trainable_parameters(denoiser):
         parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
+    if setup.releases:
+        _release_each_bucket(denoiser, setup.optimizer, ledger)
     with ledger, META:
         with AsOnCuda(setup.autocast):
             loss = loss_without_data(denoiser, setup)
         loss.backward()
     return ledger
+
+
+def _release_each_bucket(denoiser: Denoiser, optimizer: str, ledger: Ledger) -> None:
+    """As `Released` does, with the bytes that the updates work with."""
+
+    def update(bucket: Sequence[Parameter]) -> None:
+        ledger.count_work(UPDATE_BYTES[optimizer](bucket))
+        for parameter in bucket:
+            parameter.grad = None
+
+    for group in parameter_groups(denoiser):
+        Arrivals(buckets_of(group, whole if optimizer == "adafactor" else slices), update)
 
 
 def loss_without_data(denoiser: Denoiser, setup: Setup) -> Tensor:

@@ -45,6 +45,7 @@ def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setu
         trains_variance=config.loss.train_variance,
         channels=spec.space.channels,
         text_encoder=published.text_encoder_of(architecture) if config.lora.train_text_encoder else None,
+        releases=config.optimizer.optimizer_release_gradients,
     )
 
 
@@ -119,7 +120,7 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
     if not training.gradient_checkpointing:
         changed = _changed(config, "training", gradient_checkpointing=True)
         yield "USE_GRADIENT_CHECKPOINTING=true (--gradient_checkpointing)", changed
-    if training.train_batch_size > 1:
+    if training.train_batch_size > 1 and not config.optimizer.optimizer_release_gradients:
         batches = training.train_batch_size * training.gradient_accumulation_steps
         changed = _changed(config, "training", train_batch_size=1, gradient_accumulation_steps=batches)
         accumulation = f"GRADIENT_ACCUMULATION_STEPS={batches} (--gradient_accumulation_steps)"
@@ -137,6 +138,10 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
         yield f"BASE_MODEL_PRECISION={fewer_bits} (--base_model_precision){learned}", changed
     if all_weights and optimizer != SMALL_STATE:
         yield _with_optimizer(config, SMALL_STATE)
+    if _may_release(config):
+        changed = _changed(config, "training", max_grad_norm=0.0)
+        changed = _changed(changed, "optimizer", optimizer_release_gradients=True)
+        yield "OPTIMIZER_RELEASE_GRADIENTS=true (--optimizer_release_gradients) with MAX_GRAD_NORM=0", changed
     if config.optimizer.use_ema:
         yield "USE_EMA=false (--use_ema)", _changed(config, "optimizer", use_ema=False)
     if config.lora.train_text_encoder:
@@ -144,7 +149,16 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
         changed = _changed(config, "lora", **alone, train_text_encoder=False)
         yield "TRAIN_TEXT_ENCODER=false (--train_text_encoder)", changed
     if all_weights and not training.use_bitfit and not training.controlnet:
-        yield f"MODEL_TYPE={config.lora_type} (--model_type)", _changed(config, "model", model_type=config.lora_type)
+        changed = _changed(config, "optimizer", optimizer_release_gradients=False)
+        yield f"MODEL_TYPE={config.lora_type} (--model_type)", _changed(changed, "model", model_type=config.lora_type)
+
+
+def _may_release(config: Config) -> bool:
+    """Whether gradients could be released, and are not."""
+    training, options = config.training, config.optimizer
+    whole = config.training_kind == "full" and not training.use_bitfit and training.mixed_precision != "fp16"
+    at_once = training.gradient_accumulation_steps == 1 and not OPTIMIZERS[options.optimizer].needs_all
+    return whole and at_once and not options.optimizer_release_gradients
 
 
 def _with_optimizer(config: Config, name: str) -> tuple[str, Config]:

@@ -26,11 +26,14 @@ class InFloat32(torch.optim.Optimizer):
 
     It is given float32 stand-ins of weights and gradients, and the weights take what it makes of them, rounded
     stochastically. A stand-in has values only while its chunk is updated; what stays is the other optimizer's own
-    state. The random bits come from a generator seeded with the step: a resumed run draws the same ones.
+    state. The random bits go by the step and the chunk: a resumed run draws the same ones.
 
     Args:
         make: gives the other optimizer, with the groups of parameters that it is called with.
         elementwise: whether it may be given a large parameter in slices, since no element's step needs the others.
+
+    Attributes:
+        pieces_of: how it cuts a parameter.
     """
 
     def __init__(
@@ -41,12 +44,13 @@ class InFloat32(torch.optim.Optimizer):
         elementwise: bool,
     ) -> None:
         super().__init__(params, {"lr": lr, "step": 0})
-        self._pieces_of = slices if elementwise else _whole
+        self.pieces_of = slices if elementwise else whole
         self._stand_ins = {
-            parameter: [Parameter(_nothing(piece)) for piece in self._pieces_of(parameter)]
+            parameter: [Parameter(_nothing(piece)) for piece in self.pieces_of(parameter)]
             for group in self.param_groups
             for parameter in group["params"]
         }
+        self._places = {one: place for place, one in enumerate(self._stand_ins_of(self._stand_ins))}
         self._inner = make([{"params": self._stand_ins_of(group["params"])} for group in self.param_groups])
 
     @torch.no_grad()
@@ -55,27 +59,27 @@ class InFloat32(torch.optim.Optimizer):
         everything = [inner["params"] for inner in self._inner.param_groups]
         for inner in self._inner.param_groups:
             inner["params"] = []
-        generators = Generators(self.param_groups[0]["step"] + 1)
         for group, inner in zip(self.param_groups, self._inner.param_groups):
             group["step"] += 1
             inner["lr"] = group["lr"]
-            self._step_of(group, inner, generators)
+            self._step_of(group, inner)
             inner["params"] = []
         for inner, stand_ins in zip(self._inner.param_groups, everything):
             inner["params"] = stand_ins
         return loss
 
-    def _step_of(self, group: dict[str, Any], inner: dict[str, Any], generators: Generators) -> None:
+    def _step_of(self, group: dict[str, Any], inner: dict[str, Any]) -> None:
         """Update one group of parameters, while all other groups of the other optimizer are empty."""
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-        weights = [piece for parameter in parameters for piece in self._pieces_of(parameter)]
-        gradients = [piece for parameter in parameters for piece in self._pieces_of(parameter.grad)]
+        weights = [piece for parameter in parameters for piece in self.pieces_of(parameter)]
+        gradients = [piece for parameter in parameters for piece in self.pieces_of(parameter.grad)]
         stand_ins = self._stand_ins_of(parameters)
         for chunk in chunks_of(weights):
             kept, inner["params"] = weights[chunk], stand_ins[chunk]
             values = _lend(inner["params"], kept, gradients[chunk])
             self._inner.step()
-            scatter(kept, stochastically_rounded(values, kept[0].dtype, generators.on(kept[0].device)))
+            bits = generator_of(group["step"], self._places[inner["params"][0]], kept[0].device)
+            scatter(kept, stochastically_rounded(values, kept[0].dtype, bits))
             for stand_in in inner["params"]:
                 stand_in.data, stand_in.grad = _nothing(stand_in), None
 
@@ -98,7 +102,7 @@ def _lend(stand_ins: Sequence[Parameter], weights: Sequence[Tensor], gradients: 
     return values
 
 
-def _whole(tensor: Tensor) -> Sequence[Tensor]:
+def whole(tensor: Tensor) -> Sequence[Tensor]:
     return [tensor]
 
 
@@ -120,17 +124,14 @@ def stochastically_rounded(values: Tensor, dtype: torch.dtype, generator: torch.
     return rounded.masked_fill_(values.isnan(), torch.nan)
 
 
-class Generators:
-    """A generator for each device, all seeded alike."""
+def generator_of(step: int, place: int, device: torch.device) -> torch.Generator:
+    """The random bits of a chunk: the same ones whichever chunks of the step were updated before it.
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._by_device: dict[torch.device, torch.Generator] = {}
-
-    def on(self, device: torch.device) -> torch.Generator:
-        if device not in self._by_device:
-            self._by_device[device] = torch.Generator(device).manual_seed(self._seed)
-        return self._by_device[device]
+    Args:
+        step: the number of the step, from 1.
+        place: that of the chunk's first piece among all that the optimizer updates.
+    """
+    return torch.Generator(device).manual_seed(step + (place << 20))  # a CPU's takes 32 bits: 4,096 places
 
 
 def slices(tensor: Tensor) -> Sequence[Tensor]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from benchmarks import gpu_train, step_overhead
+from benchmarks import gpu_train, released_gradients, step_overhead
+from benchmarks.step_overhead import DEMO
 from benchmarks.synthetic import random_batch, random_parts
 from helpers.diffusion.draws import Draws
 from helpers.diffusion.objective import EpsilonObjective, VelocityObjective
@@ -20,6 +21,19 @@ def test_step_overhead_compares_both_loops(tmp_path):
     assert result["bare_seconds_a_step"] > 0 and result["our_seconds_a_step"] > 0
     assert -0.9 < result["overhead"] < 2
     assert result["machine"].keys() >= {"device", "torch", "commit"}
+
+
+def test_released_gradients_compares_memory_and_time(tmp_path):
+    output = tmp_path / "result.json"
+    options = ["--batch=2", "--steps=1", "--rounds=1", f"--architecture={DEMO / 'unet' / 'config.json'}"]
+    with released_gradients.cut_finely():
+        result = released_gradients.main([*options, f"--output={output}"])
+    assert json.loads(output.read_text()) == result
+    plain, released = result["memory"].values()
+    assert released["gradients_gb"] < 0.3 * plain["gradients_gb"] and released["peak_gb"] < 1.01 * plain["peak_gb"]
+    for case in (plain, released):
+        assert case["peak_gb"] == pytest.approx(case["estimated_gb"], rel=0.03)
+    assert 0.2 < result["time"]["ratio"] < 5
 
 
 def test_gpu_train_reports_memory_and_speed_of_each_case(tmp_path):
@@ -110,5 +124,7 @@ def test_gpu_train_has_the_cases_that_users_ask_about():
     for model in ("SD-1.5", "SD-2.1", "III-x4"):
         for case in ("lora b4", "lora b4 mixed", "lora b4 checkpointed", "lora b4 compiled", "full b4 checkpointed"):
             assert f"{model} {case}" in names
+    for name in ("I-M full b4 released", "I-XL full b4 checkpointed released adafactor"):
+        assert name in names
     with pytest.raises(SystemExit):
         gpu_train.main(["--only", "I-S*"])

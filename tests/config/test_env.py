@@ -81,6 +81,8 @@ def test_the_mode_of_the_compiler_reaches_accelerate(environ):
     ({"VALIDATION_STEP": "5"}, "export VALIDATION_STEP: not an option; did you mean VALIDATION_STEPS?"),
     ({"PUSH_CHECKPOINTS": "true"}, "found true without push_to_hub: set that to true"),
     ({"PUSH_TO_HUB": "true", "HUB_MODEL_NAME": "my subject"}, "found 'my subject', needs a name for a repository"),
+    ({"MODEL_TYPE": "deepfloyd-full", "MAX_GRAD_NORM": "0", "OPTIMIZER_RELEASE_GRADIENTS": "true",
+      "TRAINING_NUM_PROCESSES": "2"}, "found true beside 2 processes"),
     ({"CONTROLNET": "true"}, "no ControlNet can be made for DeepFloyd IF stage I"),
     ({"TEXT_ENCODER_LIMIT": "25"}, "TRAIN_TEXT_ENCODER=true trains a LoRA"),
     ({"DELETE_UNWANTED_IMAGES": "true"}, "the dataset is only read"),

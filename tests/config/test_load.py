@@ -13,6 +13,7 @@ from helpers.config.paths import ROOT
 from helpers.sizes import Size
 
 LORA = "--model_type=deepfloyd-lora"
+RELEASED = ("--model_type=deepfloyd-full", "--optimizer_release_gradients", "--max_grad_norm=0")
 
 
 def problems_of(*flags: str) -> list[str]:
@@ -180,6 +181,12 @@ def test_wrong_input_is_answered_in_words(flag, words):
     (["--base_model_precision=nf4", "--model_type=deepfloyd-full", "--use_bitfit"], "which trains no adapter"),
     (["--base_model_precision=int8", "--model_type=deepfloyd-stage2"], "set model_type to deepfloyd-stage2-lora"),
     (["--rescale_betas_zero_snr"], "found true for a model that predicts epsilon"),
+    (["--optimizer_release_gradients"], "gradients of an adapter are small, and nothing would be won: set it to false"),
+    ([*RELEASED, "--use_bitfit"], "gradients of biases are small"),
+    ([*RELEASED, "--max_grad_norm=1"], "found true beside max_grad_norm 1, which is the norm of all gradients"),
+    ([*RELEASED, "--gradient_accumulation_steps=4"], "set gradient_accumulation_steps to 1, or this to false"),
+    ([*RELEASED, "--model_type=full", "--mixed_precision=fp16"], "set mixed_precision to bf16, or this to false"),
+    ([*RELEASED, "--optimizer=prodigy"], "finds its rate by all gradients at once: type optimizer adamw with learning"),
 ])
 def test_options_that_do_not_fit_together_are_refused(flags, words):
     problems = problems_of(*flags)
@@ -391,6 +398,14 @@ def test_processes_that_accelerate_did_not_start_are_missed(all_problems):
     (problem,) = all_problems({"id": "a"}, **asked_for_two)
     assert "started one" in problem and "torchrun" in problem
     assert all_problems({"id": "a"}, **asked_for_two, LOCAL_RANK="0", RANK="0", WORLD_SIZE="2") == ()
+
+
+def test_several_processes_do_not_release_their_gradients(all_problems):
+    two = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}
+    assert all_problems({"id": "a"}, **two) == ()
+    assert all_problems({"id": "a"}, flags=RELEASED) == ()
+    (problem,) = all_problems({"id": "a"}, flags=RELEASED, **two)
+    assert "found true beside 2 processes (TRAINING_NUM_PROCESSES)" in problem and "set it to false" in problem
 
 
 def test_a_model_type_that_is_no_text_is_one_problem(tmp_path):

@@ -6,37 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.config.load import load
 from helpers.data.collate import Batch
 from helpers.data.sampler import Position, Use
 from helpers.data.scan import Record
 from helpers.diffusion.draws import Draws
 from helpers.models.adapters import trainable_parameters
-from helpers.models.families import SPECS
 from helpers.processes import Processes
 from helpers.sizes import Size
-from helpers.training import adamw_bf16, assembly, rounding
+from helpers.training import adamw_bf16, rounding
 from helpers.training.loop import Every, NonFiniteLoss, Run, require_finite, train
 from helpers.training.step import StepLoss, training_loss
 from tests.test_trainer import assert_equal
-
-
-@pytest.fixture
-def make_run(tiny_model):
-    """A run over the tiny model; keyword arguments are options."""
-
-    def make(steps: int = 3, **options: object) -> Run:
-        from accelerate.state import AcceleratorState, GradientState
-
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        values = {"model_type": "deepfloyd-lora", "mixed_precision": "no", "report_to": "none", "lora_rank": 2, **options}
-        config = load([f"--{name}={value}" for name, value in values.items()]).config
-        spec = SPECS[config.family.key]
-        accelerator = assembly.create_accelerator(config)
-        return assembly.create_run(config, spec, tiny_model, assembly.adapter_of(config), accelerator, steps)
-
-    return make
 
 
 def batches(count: int | None = None):

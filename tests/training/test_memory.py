@@ -22,9 +22,10 @@ from helpers.models.gradient_checkpointing import checkpoint_everything
 from helpers.models.lora import LoRA
 from helpers.models.parts import Parts
 from helpers.sizes import Size
-from helpers.training import assembly, memory_report
+from helpers.training import assembly, memory_report, released, rounding
 from helpers.training.memory import STATE_BYTES, UPDATE_BYTES, AsOnCuda, Ledger, Setup, estimate
 from helpers.training.optimizers import OPTIMIZERS, AdamSettings
+from helpers.training.released import Released
 from helpers.training.step import training_loss
 
 SPEC = SPECS["deepfloyd-i"]
@@ -131,15 +132,17 @@ def setup(model: Path, **values: object) -> Setup:
     return replace(usual, **values)
 
 
-def counted_on_the_cpu(parts: Parts, setup: Setup) -> int:
-    """The most that really lives at one time during a training step's forward and backward pass."""
+def counted_on_the_cpu(parts: Parts, setup: Setup) -> Ledger:
+    """What really lives during a training step's forward and backward pass, besides weights and optimizer."""
     unet, height, width = parts.unet.train(), setup.size.height, setup.size.width
     setup.adapter.attach(parts.denoiser, setup.trained)
     if setup.checkpointing:
         checkpoint_everything(unet)
-    ledger = Ledger(unet.parameters())
+    optimizer = begun(setup.optimizer, trainable_parameters(unet))
+    ledger = Ledger([*unet.parameters(), *state_of(optimizer)])
     for parameter in trainable_parameters(unet):
         parameter.register_post_accumulate_grad_hook(ledger.count_as_gradient)
+    released = Released(optimizer) if setup.releases else None
     images = torch.randint(256, (2, height, width, 3), dtype=torch.uint8)
     if parts.spec.space.component:
         images = torch.rand(2, 11, height, width).half()
@@ -148,8 +151,20 @@ def counted_on_the_cpu(parts: Parts, setup: Setup) -> int:
     with ledger:
         with torch.autocast("cpu", torch.bfloat16) if setup.autocast else nullcontext():
             loss, _ = training_loss(parts, parts.denoiser, batch, torch.Generator())
+        if released:
+            released.begin(loss)
         loss.backward()
-    return ledger.most_activations
+    return ledger
+
+
+def begun(name: str, parameters: list[Parameter]) -> torch.optim.Optimizer:
+    """An optimizer after a first step, with all the state that it keeps."""
+    optimizer = OPTIMIZERS[name](parameters, 1e-3, AdamSettings(0.9, 0.99, 1e-8, 0.01))
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -172,7 +187,7 @@ def counted_on_the_cpu(parts: Parts, setup: Setup) -> int:
 def test_the_activations_are_those_of_real_tensors(tiny_model, monkeypatch, values, checkpointing):
     monkeypatch.setattr(AsOnCuda, "IN_FLOAT32", set())  # the CPU's autocast leaves these as they are
     wanted = setup(tiny_model, checkpointing=checkpointing, **values)
-    real = counted_on_the_cpu(loading.load(SPEC, tiny_model, wanted.weights), wanted)
+    real = counted_on_the_cpu(loading.load(SPEC, tiny_model, wanted.weights), wanted).most_activations
     assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
 
 
@@ -180,15 +195,35 @@ def test_the_activations_are_those_of_real_tensors(tiny_model, monkeypatch, valu
 @pytest.mark.parametrize("adapter", [LoRA(4, 4, 0.0, "attention+conv", dora=True), Full()], ids=["dora", "full"])
 def test_those_of_stage_2_are_too(tiny_stage2, adapter, checkpointing):
     wanted = setup(tiny_stage2, adapter=adapter, checkpointing=checkpointing)
-    real = counted_on_the_cpu(loading.load(SPECS["deepfloyd-ii"], tiny_stage2, wanted.weights), wanted)
+    real = counted_on_the_cpu(loading.load(SPECS["deepfloyd-ii"], tiny_stage2, wanted.weights), wanted).most_activations
     assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_those_of_stage_3_are_too(tiny_stage3, checkpointing):
     wanted = setup(tiny_stage3, channels=4, adapter=Full(), checkpointing=checkpointing)
-    real = counted_on_the_cpu(loading.load(SPECS["deepfloyd-iii"], tiny_stage3, wanted.weights), wanted)
+    real = counted_on_the_cpu(loading.load(SPECS["deepfloyd-iii"], tiny_stage3, wanted.weights), wanted).most_activations
     assert estimate(wanted).activations == pytest.approx(real, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("optimizer, dtype", [
+    ("adamw", torch.float32), ("adamw_bf16", torch.bfloat16), ("adafactor", torch.bfloat16),
+])
+def test_gradients_that_are_released_count_while_they_are_there(
+    tiny_model, monkeypatch, optimizer, dtype, checkpointing
+):
+    monkeypatch.setattr(rounding, "CHUNK", 1 << 15)
+    monkeypatch.setattr(released, "BUCKET", 1 << 16)
+    values = {"weights": dtype, "trained": dtype, "optimizer": optimizer, "checkpointing": checkpointing}
+    wanted = setup(tiny_model, adapter=Full(), size=Size(16, 16), releases=True, **values)
+    parts = loading.load(SPEC, tiny_model, dtype)
+    real, told = counted_on_the_cpu(parts, wanted), estimate(wanted)
+    largest = max(parameter.nbytes for parameter in parts.unet.parameters())
+    live, plain = told.peak - told.weights - told.optimizer, estimate(replace(wanted, releases=False))
+    assert told.gradients == real.most_gradients
+    assert 0.97 * live < real.most < 1.03 * live + largest, "for the norm a CPU copies a gradient, which a GPU does not"
+    assert told.gradients < 0.3 * plain.gradients and told.peak < plain.peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -73,10 +73,27 @@ def test_what_is_used_already_is_not_proposed_again():
         [(words, changed)] = memory_report.savings(config_of(**{**flags, "base_model_precision": used}))
         assert words.startswith(f"BASE_MODEL_PRECISION={proposed} (--base_model_precision)")
         assert changed.lora.base_model_precision == proposed
-    small = {**flags, "optimizer": "adamw8bit", "model_type": "deepfloyd-full", "base_model_precision": "no_change"}
+    released = {"optimizer_release_gradients": True, "max_grad_norm": 0}
+    small = {**flags, **released, "optimizer": "adamw8bit", "model_type": "deepfloyd-full"}
+    small |= {"base_model_precision": "no_change"}
     assert [words.split("=")[0] for words, _ in memory_report.savings(config_of(**small))] == ["MODEL_TYPE"]
     [(words, changed)] = memory_report.savings(config_of(**{**flags, "pure_bf16": False, "optimizer": "lion"}))
     assert "OPTIMIZER=lion" in words and changed.training.pure_bf16
+
+
+def test_to_release_gradients_is_proposed_where_that_can_be_and_accumulation_is_not_beside_it():
+    def proposed(**flags: object) -> str:
+        return " ".join(words for words, _ in memory_report.savings(config_of(**flags)))
+
+    words = "OPTIMIZER_RELEASE_GRADIENTS=true (--optimizer_release_gradients) with MAX_GRAD_NORM=0"
+    assert words in proposed() and "GRADIENT_ACCUMULATION_STEPS" in proposed()
+    for flags in ({"model_type": "deepfloyd-lora"}, {"use_bitfit": True}, {"gradient_accumulation_steps": 2},
+                  {"optimizer": "prodigy"}, {"model_type": "full", "mixed_precision": "fp16"}):  # fmt: skip
+        assert words not in proposed(**flags)
+    beside = {"optimizer_release_gradients": True, "max_grad_norm": 0}
+    assert words not in proposed(**beside) and "GRADIENT_ACCUMULATION_STEPS" not in proposed(**beside)
+    *_, (last, lora) = memory_report.savings(config_of(**beside))
+    assert "MODEL_TYPE" in last and not lora.optimizer.optimizer_release_gradients
 
 
 def test_from_prodigy_another_optimizer_is_proposed_with_a_rate_of_its_own():
