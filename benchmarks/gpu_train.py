@@ -4,9 +4,10 @@
     python -m benchmarks.gpu_train [--only NAME ...] [--steps 30] [--batch N] [--full_size] [--output FILE]
 
 Pure bf16 and adamw_bf16, LoRA of rank 32 or full, through the loop that `./train.sh` runs; cases called mixed keep
-what is trained in float32, and compute in bf16; cases called released update the weights in the backward pass. DeepFloyd IF I-M, I-XL and II-M, the x4 upscaler at 512 px, and Stable
-Diffusion 1.5 at 512 px and 2.1 at 768 px; the images of the last three are in their cache already, as latents. `--only` takes names of cases, such as "I-M lora b4"
-or "SD-*"; what was measured before on the same machine and commit stays in the file.
+what is trained in float32, and compute in bf16; those called released update weights in the backward pass. DeepFloyd IF
+I-M, I-XL and II-M, the x4 upscaler at 512 px, and Stable Diffusion 1.5 at 512 px and 2.1 at 768 px; the images of the
+last three are in their cache already, as latents. `--only` takes names of cases, such as "I-M lora b4" or "SD-*"; what
+was measured before on the same machine and commit stays in the file.
 Without a GPU the architectures are shrunk, for trying the script anywhere, and no peak is told, which PyTorch does not
 know of a CPU; `--full_size` takes them as they are. Beside each peak stands what `--dry_run` estimates for it. The
 documents' figure for the first case is 22-24 GB.

@@ -5,8 +5,8 @@
 
 Memory: the most bytes of tensors at one time in a step of full tuning of IF-I-M at 64 px, with random weights and
 gradient checkpointing, in pure bf16 with adamw_bf16, beside what `--dry_run` estimates: minutes and some 4 GB for each.
-Time: steps of the demo's model, with and without, in turns, cut into as many chunks and buckets as IF-I-M is; the median
-over the rounds of the ratio of the process's time. Gradients are clipped in neither.
+Time: steps of the demo's model, with and without, in turns, cut into as many chunks and buckets as IF-I-M is; the
+median over the rounds of the ratio of the process's time. Gradients are clipped in neither.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -120,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, object]:
     options = parser.parse_args(arguments)
     figures = json.loads(options.output.read_text("utf-8")) if options.output.exists() else {}
     if options.only != "time":
-        cases = [Case("I-M", "full", options.batch, checkpointing=True, releases=releases) for releases in (False, True)]
+        plain = Case("I-M", "full", options.batch, checkpointing=True)
+        cases = [plain, replace(plain, releases=True)]
         config = UNet2DConditionModel.load_config(options.architecture or architecture(cases[0].hub_id))
         figures["memory"] = {case.name: memory(case, options.batch, config) for case in cases}
     if options.only != "memory":

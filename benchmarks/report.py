@@ -258,8 +258,8 @@ def released(result: Mapping[str, Any]) -> str:
     time = result["time"]
     return (
         "Tensors at the most, of a step of full tuning in pure bf16:\n\n"
-        f"{table(['case', 'all, GB', 'gradients alone, GB', 'all, as estimated'], cases)}\n\nA step of a tiny model, cut"
-        f" into as many buckets, takes {number(time['ratio'])} times as long with its gradients released."
+        f"{table(['case', 'all, GB', 'gradients alone, GB', 'all, as estimated'], cases)}\n\nA step of a tiny model,"
+        f" cut into as many buckets, takes {number(time['ratio'])} times as long with its gradients released."
     )
 
 

@@ -246,8 +246,8 @@ def _released_gradients(config: Config) -> Iterator[Problem]:
     if training.gradient_accumulation_steps > 1:
         yield Problem(
             (name, "gradient_accumulation_steps"),
-            f"found true beside gradient_accumulation_steps {training.gradient_accumulation_steps}, for which gradients "
-            "wait until further batches are computed: set gradient_accumulation_steps to 1, or this to false",
+            f"found true beside gradient_accumulation_steps {training.gradient_accumulation_steps}, for which "
+            "gradients wait until further batches are computed: set gradient_accumulation_steps to 1, or this to false",
         )
     if training.mixed_precision == "fp16":
         yield Problem(
@@ -270,8 +270,8 @@ def problems_of_several(config: Config, processes: int) -> Iterator[Problem]:
     if processes > 1 and config.optimizer.optimizer_release_gradients:
         yield Problem(
             ("optimizer_release_gradients",),
-            f"found true beside {processes} processes (TRAINING_NUM_PROCESSES), which add up their gradients first: set "
-            "it to false, or train with one process",
+            f"found true beside {processes} processes (TRAINING_NUM_PROCESSES), which add up their gradients first: "
+            "set it to false, or train with one process",
         )
 
 

@@ -380,8 +380,8 @@ class OptimizerOptions(Group):
     adam_weight_decay: Real = option(0.01, ge=0, help="Decoupled weight decay; lion usually takes a larger one.")
     optimizer_release_gradients: Switch = option(
         False, help="For full model types, with max_grad_norm 0: update weights in the backward pass, as soon as their "
-        "gradients are there, and free these. The same result in less memory; but where a gradient is NaN or infinite, "
-        "weights that were updated before it stay so.")
+        "gradients are there, and free these. The same result, in less memory where gradients weigh more than "
+        "activations; but weights that were updated before a gradient that is NaN or infinite came stay so.")
     use_ema: Switch = option(
         False, help="Average the trained weights over the steps, for validation images and the result.")
     ema_decay: Real = option(

@@ -22,9 +22,9 @@ def make_run(tiny_model: Path) -> Callable[..., Run]:
 
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
-        values = {"model_type": "deepfloyd-lora", "mixed_precision": "no", "report_to": "none", "lora_rank": 2, **options}
-        values = {name: value for name, value in values.items() if value is not None}
-        config = load([f"--{name}={value}" for name, value in values.items()]).config
+        usual = {"model_type": "deepfloyd-lora", "mixed_precision": "no", "report_to": "none", "lora_rank": 2}
+        values = {**usual, **options}
+        config = load([f"--{name}={value}" for name, value in values.items() if value is not None]).config
         spec = SPECS[config.family.key]
         accelerator = assembly.create_accelerator(config)
         return assembly.create_run(config, spec, tiny_model, assembly.adapter_of(config), accelerator, steps)
