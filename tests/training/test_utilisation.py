@@ -16,7 +16,6 @@ from helpers.training.loop import train
 from helpers.training.memory import Setup
 from helpers.training.step import training_loss
 from helpers.training.utilisation import Utilisation, operations, peak_of, utilisation_of
-from tests.training.test_loop import make_run  # noqa: F401
 
 SPEC = SPECS["deepfloyd-i"]
 SIZE = Size(64, 48)
@@ -60,7 +59,7 @@ def test_nothing_is_told_where_the_peak_is_not_known(tiny_model):
     assert utilisation_of(setup_of(tiny_model, Full(), autocast=True), SIZE, torch.device("cpu")) is None
 
 
-def test_the_progress_line_tells_the_share_of_the_peak(make_run, capsys):  # noqa: F811
+def test_the_progress_line_tells_the_share_of_the_peak(make_run, capsys):
     [plan] = plans(SIZE, Rules(0.003, "area", alignment=8))
     use = Use(Record("d", None, "0", SIZE, ("",)), plan, (0, 0, *plan.target), "", False)
     pixels = plan.target.width * plan.target.height
