@@ -160,7 +160,7 @@ class _Store:
 
     def copies(self) -> Iterator[torch.Tensor]:
         """Endless batches of exact embeds, drawn and copied as they lie in memory, and nothing else."""
-        views = [self.embeds.store.view(key) for key in self.embeds.store]
+        views = [record.content for record in self.embeds.store.records(list(self.embeds.store))]
         ring = [Buffer(torch.bfloat16)(BATCH, TOKENS, self.width) for _ in range(3)]
         draw = random.Random(0)
         while True:
@@ -208,11 +208,9 @@ def _our_samples(source: Path, cache: Path, rules: Rules, method: str) -> None:
     pixels = PixelCache(cache)
     assert not pixels.build(dataset.pixel_jobs(method), workers=1)
     sampler = Sampler([dataset], BATCH, seed=42, caption_dropout_probability=0)
+    images, buffer = CachedPixels(pixels, method), Buffer(torch.uint8)
     for _, plan in islice(sampler.batches(), sampler.batches_in_epoch(0)):
-        for use in plan.uses:
-            left, top, right, bottom = use.box
-            sample = np.empty((bottom - top, right - left, 3), np.uint8)
-            pixels.read_into(pixel_key(use.record.content, use.plan.intermediate, method), sample, left, top)
+        images.read(plan.uses, buffer)
 
 
 def write_photo(path: Path, size: Size, seed: int) -> Path:

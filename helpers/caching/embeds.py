@@ -161,17 +161,14 @@ class EmbedCache:
             out = torch.empty(len(texts), *self.row_shape, dtype=torch.bfloat16)
         if len(out) < len(texts):
             raise ValueError(f"{len(texts)} captions do not fit into {len(out)} rows")
-        keys = [self._key(text) for text in texts]
-        self.store.announce(keys)
-        filled = out[: len(texts)]
-        self._storage.unpack([self.store.view(key) for key in keys], filled)
+        filled, keys = out[: len(texts)], [text_key(text) for text in texts]
+        try:
+            records = self.store.records(keys)
+        except KeyError as error:
+            text = texts[keys.index(error.args[0])]
+            raise KeyError(f"no embedding was made for the caption {text!r}") from None
+        self._storage.unpack([record.content for record in records], filled)
         return filled
-
-    def _key(self, text: str) -> str:
-        key = text_key(text)
-        if key not in self.store:
-            raise KeyError(f"no embedding was made for the caption {text!r}")
-        return key
 
     @property
     def row_shape(self) -> tuple[int, ...]:

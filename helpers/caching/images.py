@@ -154,10 +154,6 @@ class ImageCache:
         with self._made_path.open("ab", buffering=0) as made:
             made.write("".join(lines).encode())
 
-    def announce(self, keys: Iterable[str]) -> None:
-        """Tell the system that these images are about to be read; see `ShardStore.announce`."""
-        self.store.announce(keys)
-
     def _remember_failures(self) -> None:
         if not self._failures:
             return

@@ -77,8 +77,8 @@ class LatentCache(ImageCache):
         Raises:
             KeyError: a crop was not encoded.
         """
-        for row, key in zip(out.view(torch.uint8).numpy().reshape(len(keys), -1), keys):
-            row[:] = self.store.view(key)
+        for row, record in zip(out.view(torch.uint8).numpy().reshape(len(keys), -1), self.store.records(keys)):
+            row[:] = record.content
 
 
 def latent_key(content: str, size: Size, method: str, box: Box) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,18 +34,20 @@ class PixelCache(ImageCache):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, _RECIPE)
 
-    def read_into(self, key: str, out: np.ndarray, left: int = 0, top: int = 0) -> None:
-        """Fill `out` (uint8 [H, W, 3]) with the part of the image that begins at (left, top).
+    def read(self, keys: Sequence[str], corners: Sequence[tuple[int, int]], out: np.ndarray) -> None:
+        """Fill `out` (uint8 [B, H, W, 3]) with the parts of B images that begin at these corners, (left, top).
 
         Raises:
-            KeyError: the image was not built.
-            ValueError: the part reaches out of the image.
+            KeyError: an image was not built.
+            ValueError: a part reaches out of its image.
         """
-        image = self.store.view(key).reshape(self.store.shape(key))
-        part = image[top : top + out.shape[0], left : left + out.shape[1]]
-        if part.shape != out.shape:
-            raise ValueError(f"image {key} is {image.shape[1]}x{image.shape[0]}: no {out.shape} at ({left}, {top})")
-        out[:] = part
+        _, height, width, _ = out.shape
+        for key, (left, top), record, row in zip(keys, corners, self.store.records(keys), out):
+            part = record.content.reshape(record.shape)[top : top + height, left : left + width]
+            if part.shape != row.shape:
+                size = f"{record.shape[1]}x{record.shape[0]}"
+                raise ValueError(f"image {key} is {size}: no {width}x{height} at ({left}, {top})")
+            row[:] = part
 
 
 def pixel_key(content: str, intermediate: Size, method: str) -> str:

@@ -42,9 +42,7 @@ class CachedPixels:
         """The crops of a batch, uint8 `[B, H, W, 3]`."""
         images = buffer(len(uses), uses[0].plan.target.height, uses[0].plan.target.width, 3)
         keys = [pixel_key(use.record.content, use.plan.intermediate, self.method) for use in uses]
-        self.cache.announce(keys)
-        for image, key, use in zip(images.numpy(), keys, uses):
-            self.cache.read_into(key, image, left=use.box[0], top=use.box[1])
+        self.cache.read(keys, [use.box[:2] for use in uses], images.numpy())
         return images
 
 
@@ -60,7 +58,6 @@ class CachedMoments:
         """What is cached of a batch, float16 `[B, C', h, w]`: see `Latents.cached_of`."""
         keys = [latent_key(use.record.content, use.plan.intermediate, self.method, use.box) for use in uses]
         moments = buffer(len(uses), *self.cache.store.shape(keys[0]))
-        self.cache.announce(keys)
         self.cache.read(keys, moments)
         return moments
 

@@ -35,28 +35,33 @@ class Record:
     control: Record | None = None
 
     @classmethod
-    def of_row(
-        cls, dataset_id: str, file: str, content: str, size: Size, captions: tuple[str, ...], control: Record | None
-    ) -> Record:
-        """The same of a path as text. Making a Path of it takes longer than all else here, so whoever asks does it."""
+    def of_row(cls, columns: Columns, row: int, control: Record | None) -> Record:
+        """The same of a row. What no batch needs, path and size, is made when it is asked for: it takes the longest."""
         record = object.__new__(cls)
         record.__dict__.update(
-            dataset_id=dataset_id, _file=file, content=content, size=size, captions=captions, control=control
+            dataset_id=columns.dataset_id,
+            content=columns.content(row),
+            captions=columns.captions(row),
+            control=control,
+            _columns=columns,
+            _row=row,
         )
         return record
 
-    def __getattr__(self, name: str) -> Path:
-        """The path of a record that was made of a row, at the first time."""
-        file = self.__dict__.get("_file")
-        if name != "path" or file is None:
+    def __getattr__(self, name: str) -> Path | Size:
+        """Path and size of a record that was made of a row, at the first time."""
+        columns = self.__dict__.get("_columns")
+        if columns is None or name not in ("path", "size"):
             raise AttributeError(f"a Record has no {name!r}")
-        path = self.__dict__["path"] = Path(file)
-        return path
+        value = Path(self.file) if name == "path" else columns.size(self._row)
+        self.__dict__[name] = value
+        return value
 
     @property
     def file(self) -> str:
         """The path as text."""
-        return self.__dict__.get("_file") or str(self.path)
+        columns = self.__dict__.get("_columns")
+        return columns.file(self._row) if columns else str(self.path)
 
 
 class Columns:
@@ -128,8 +133,7 @@ class Records(Sequence[Record]):
             return self.taken(np.arange(len(self))[index])
         columns, row = self._columns, int(self._rows[index])
         control = None if self._controls is None else self._controls[index]
-        file, content = columns.file(row), columns.content(row)
-        return Record.of_row(columns.dataset_id, file, content, columns.size(row), columns.captions(row), control)
+        return Record.of_row(columns, row, control)
 
     def __iter__(self) -> Iterator[Record]:
         return map(self.__getitem__, range(len(self)))

@@ -33,7 +33,7 @@ def job(path: Path, size: Size = SIZE, method: str = "stepwise") -> PixelJob:
 
 def read(cache: PixelCache, one: PixelJob) -> np.ndarray:
     out = np.empty((one.size.height, one.size.width, 3), np.uint8)
-    cache.read_into(one.key, out)
+    cache.read([one.key], [(0, 0)], out[None])
     return out
 
 
@@ -63,11 +63,12 @@ def test_a_part_can_be_read_from_anywhere_but_not_beyond_the_image(tmp_path):
     one = job(photo(tmp_path / "a.png"))
     cache = PixelCache(tmp_path / "cache")
     cache.build([one])
-    part = np.empty((7, 9, 3), np.uint8)
-    cache.read_into(one.key, part, left=5, top=11)
-    np.testing.assert_array_equal(part, load(one.path, SIZE)[11:18, 5:14])
+    parts = np.empty((2, 7, 9, 3), np.uint8)
+    cache.read([one.key] * 2, [(5, 11), (31, 23)], parts)
+    np.testing.assert_array_equal(parts[0], load(one.path, SIZE)[11:18, 5:14])
+    np.testing.assert_array_equal(parts[1], load(one.path, SIZE)[23:30, 31:40])
     with pytest.raises(ValueError, match="40x30"):
-        cache.read_into(one.key, part, left=32, top=11)
+        cache.read([one.key] * 2, [(5, 11), (32, 23)], parts)
 
 
 def test_the_second_run_decodes_no_image_even_if_none_could_be(tmp_path, decoded):

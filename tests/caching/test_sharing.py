@@ -66,7 +66,7 @@ def jobs_of(paths: Sequence[Path]) -> list[PixelJob]:
 def assert_cached(cache: PixelCache, jobs: Sequence[PixelJob]) -> None:
     for job in jobs:
         out = np.empty((job.size.height, job.size.width, 3), np.uint8)
-        cache.read_into(job.key, out)
+        cache.read([job.key], [(0, 0)], out[None])
         np.testing.assert_array_equal(out, load(job.path, job.size))
 
 

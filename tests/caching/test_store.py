@@ -4,6 +4,7 @@ import fcntl
 import gc
 import hashlib
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def filled(folder: Path, numbers: range) -> ShardStore:
 
 
 def read(store: ShardStore, number: int) -> np.ndarray:
-    return store.view(key(number)).reshape(store.shape(key(number)))
+    [stored] = store.records([key(number)])
+    return stored.content.reshape(stored.shape)
 
 
 def shards(folder: Path) -> list[Path]:
@@ -67,16 +69,17 @@ def test_records_of_any_shape_and_dtype_come_back_exactly_at_once_and_after_reop
         assert len(opened) == 4 and key(1) in opened and key(9) not in opened
         for number, shape in shapes.items():
             np.testing.assert_array_equal(read(opened, number), record(number, shape))
-        assert bytes(opened.view(key(4))) == floats.view(torch.uint8).numpy().tobytes()
+        assert bytes(opened.records([key(4)])[0].content) == floats.view(torch.uint8).numpy().tobytes()
 
 
-def test_what_is_viewed_cannot_be_written_to(tmp_path):
+def test_records_come_in_the_order_of_their_keys_and_cannot_be_written_to(tmp_path):
     store = filled(tmp_path, range(3))
-    store.announce([key(2), key(0)])
-    with pytest.raises(ValueError, match="read-only"):
-        store.view(key(1))[0] = 0
-    with pytest.raises(KeyError):
-        store.view(key(9))
+    for stored, number in zip(store.records([key(2), key(0), key(2)]), (2, 0, 2)):
+        np.testing.assert_array_equal(stored.content.reshape(stored.shape), record(number))
+        with pytest.raises(ValueError, match="read-only"):
+            stored.content[0] = 0
+    with pytest.raises(KeyError, match=key(9)):
+        store.records([key(1), key(9)])
 
 
 def test_a_shard_cut_after_it_was_verified_is_an_error(tmp_path):
@@ -84,7 +87,7 @@ def test_a_shard_cut_after_it_was_verified_is_an_error(tmp_path):
     store = ShardStore(tmp_path, RECIPE)
     os.truncate(shards(tmp_path)[0], 200)
     with pytest.raises(DamagedShard, match="became shorter"):
-        [store.view(key(number)) for number in range(3)]
+        store.records([key(number) for number in range(3)])
 
 
 def test_a_writer_takes_copies(tmp_path):
@@ -310,7 +313,6 @@ def test_more_shards_than_files_may_be_open_are_read_as_well(tmp_path, monkeypat
     gc.collect()
     before = open_files()
     store = ShardStore(tmp_path, RECIPE)
-    store.announce(key(number) for number in range(8))
     assert all(np.array_equal(read(store, number), record(number)) for number in range(8))
     assert open_files() <= before + 3
     del store
@@ -325,14 +327,14 @@ def test_keys_are_hex_hashes(tmp_path, bad):
 
 @pytest.mark.parametrize(("memory", "times"), [(10**12, 1), (1000, 3)], ids=["stays in memory", "larger than memory"])
 def test_records_are_announced_once_where_they_stay_in_memory_and_else_each_time(tmp_path, monkeypatch, memory, times):
-    class Map:
+    class Map(mmap.mmap):
         def madvise(self, *arguments: int) -> None:
             announced.append(arguments)
 
     announced: list[tuple[int, ...]] = []
     store = filled(tmp_path, range(3))
     monkeypatch.setattr(store_module, "_memory", lambda: memory)
-    monkeypatch.setattr(ShardStore, "_mapped", lambda self, shard: Map())
+    monkeypatch.setattr(mmap, "mmap", Map)
     for _ in range(3):
-        store.announce([key(0), key(1)])
+        store.records([key(0), key(1)])
     assert len(announced) == 2 * times
