@@ -3,6 +3,7 @@
     python -m benchmarks.data          # a few minutes, and 4 GB of disk in a temporary folder
     python -m benchmarks.data --photos 1 --photo_size 400x300 --samples 64 --width 8 --seconds 0.05 --output FILE
 
+all cores: JPEGs of the first size into the pixel cache, by a worker for each core beside one worker.
 photos: JPEGs to training samples (scan, hash, decode, cache, crop), beside full decode and 25 % steps in Pillow.
 cached: samples with their text embeds, exact and in 8 bits, through the sampler to collated batches of 16; beside it
     the exact embeds copied, and nothing else.
@@ -31,6 +32,7 @@ from PIL import Image
 
 from benchmarks.machine import ROOT, write_result
 from helpers.caching.embeds import EmbedCache
+from helpers.caching.images import cores
 from helpers.caching.pixels import PixelCache, pixel_key
 from helpers.data.collate import Batch, Buffer, CachedPixels, Collator, Source
 from helpers.data.dataset import Dataset, plan_images
@@ -62,10 +64,12 @@ FINGERPRINT = {"text_encoder": "random numbers"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = _options(argv)
-    _use_one_core()
     with tempfile.TemporaryDirectory(prefix="floydtuner-benchmark-", dir=options.folder) as name:
         folder = Path(name)
+        on_all = all_cores(folder / "all", options.photos, options.photo_size[0])
+        _use_one_core()
         result: dict[str, object] = {
+            "all_cores": on_all,
             "photos": [photos(folder / str(size), options.photos, size) for size in options.photo_size]
         }
         store = _Store(folder / "cached", options.samples, options.width)
@@ -93,6 +97,27 @@ def photos(folder: Path, per_round: int, size: Size) -> dict[str, object]:
         if target := TARGETS.get((str(size), name)):
             figures |= {"target": target, "reaches_target": figures["ratio_of_core_time"] >= target}
     return facts | compared
+
+
+def all_cores(folder: Path, of_each: int, size: Size) -> dict[str, object]:
+    """How many times faster images are cached by all cores than by one worker: of each worker so many, by the clock."""
+    workers, source = cores(), folder / "photos"
+    source.mkdir(parents=True)
+    for number in range(of_each * workers):
+        write_photo(source / f"{number}.jpg", size, number)
+    ratios = []
+    for number in range(ROUNDS):
+        one, all_ = (_seconds_to_cache(source, folder / f"{number} by {count}", count) for count in (1, workers))
+        ratios.append(one / all_)
+    return {"cores": workers, "size": str(size), "ratio": _rounded(median(ratios))}
+
+
+def _seconds_to_cache(source: Path, cache: Path, workers: int) -> float:
+    found = scan("photos", source, cache / "index.jsonl", Captions("filename"), workers=workers)
+    jobs = list(plan_images("photos", source, RULES, found).pixel_jobs("stepwise"))
+    start = time.perf_counter()
+    PixelCache(cache).build(jobs, workers=workers)
+    return time.perf_counter() - start
 
 
 def cached(store: _Store, seconds: float) -> dict[str, object]:

@@ -105,11 +105,13 @@ def data(result: Mapping[str, Any]) -> str:
         for name, rates in own.items()
         if isinstance(rates, Mapping)
     ]
-    cached = result["cached"]
+    cached, on_all = result["cached"], result["all_cores"]
     int8, copied = cached["int8"], cached["copying_embeds_alone"]
     head = ["JPEGs", "images a core-second", "full decode and 25 % steps in Pillow", "times", "target"]
     return (
-        f"{table(head, rows)}\n\nCached samples with {cached['embeds']} embeds, in batches of {cached['batch']}:"
+        f"{table(head, rows)}\n\nBy {on_all['cores']} cores, {on_all['size']} pixels: {number(on_all['ratio'])} times as"
+        " fast by the clock as by one worker.\n\n"
+        f"Cached samples with {cached['embeds']} embeds, in batches of {cached['batch']}:"
         f" {number(cached['samples_per_core_second'])} a core-second, {number(cached['mb_a_caption'])} MB a caption;"
         f" with `TEXT_EMBEDS_STORAGE=int8` {number(int8['samples_per_core_second'])}, {number(int8['mb_a_caption'])} MB;"
         f" the exact embeds copied, and nothing else: {number(copied['samples_per_core_second'])}. Cached embeds"

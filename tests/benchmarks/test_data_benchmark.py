@@ -23,6 +23,7 @@ def test_the_benchmark_runs_and_saves_its_figures(tmp_path, same_cores_afterward
     result = json.loads(out.read_text())
     for name in data.PREPARATIONS:
         assert result["photos"][0][name]["ratio"] > 0
+    assert result["all_cores"]["ratio"] > 0
     cached = result["cached"]
     for figures in (cached, cached["int8"], cached["copying_embeds_alone"]):
         assert figures["samples_per_second"] > 0
