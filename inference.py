@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
     refusals = (ConfigError,)
     try:
         request = read_request(arguments)
-        # Only now, since these imports take seconds, which a mistyped option need not wait for.
-        from helpers.inference import command, recipe
-        from helpers.planning import quieten_libraries
+        with libraries.importing():  # only now, since this takes seconds, which a mistyped option need not wait for
+            from helpers.inference import command, recipe
+            from helpers.planning import quieten_libraries
 
         quieten_libraries()
         refusals = command.REFUSALS

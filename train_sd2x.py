@@ -57,11 +57,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(resolved: Resolved, backends: Backends, requests: Requests, pulse: Pulse) -> int:
-    # Only now, since these imports take seconds, which a mistyped option need not wait for.
-    from helpers import trainer
-    from helpers.check import check
-    from helpers.processes import PeerLost, TooFewGPUs, connected
-    from helpers.training.loop import NonFiniteLoss
+    with libraries.importing():  # only now, since this takes seconds, which a mistyped option need not wait for
+        from helpers import trainer
+        from helpers.check import check
+        from helpers.processes import PeerLost, TooFewGPUs, connected
+        from helpers.training.loop import NonFiniteLoss
 
     try:
         with telling_if_full("what was to be written", resolved.config.run.output_dir), connected(pulse) as processes:

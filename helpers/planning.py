@@ -328,7 +328,8 @@ def tell_memory(job: Job, architecture: Path | None, datasets: Sequence[Dataset]
     elif free is not None or job.config.run.dry_run:
         largest = largest_target(datasets)
         validating = _validating(job, architecture, largest)
-        print(memory_report.report(job.config, job.spec, architecture, largest, free, validating))
+        processes = job.processes.count
+        print(memory_report.report(job.config, job.spec, architecture, largest, free, validating, processes))
 
 
 def largest_target(datasets: Sequence[Dataset]) -> Size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -17,6 +18,15 @@ libraries.prepare()  # as train_sd2x.py does, and before anything imports them
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "FLOYDTUNER_TEST_GPU" not in os.environ:  # see tests/gpu
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_sessionstart() -> None:
+    gc.disable()  # as in `libraries.importing`, until all tests are imported
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 LONGEST = ("test_trainer", "test_stable_diffusion", "test_kill_anywhere", "test_processes")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from helpers.libraries import bitsandbytes, is_installed
+from helpers.libraries import bitsandbytes, importing, is_installed
 
 ROOT = Path(__file__).parent.parent
 STARTING = """
@@ -24,6 +25,20 @@ def test_a_start_does_not_import_what_only_some_runs_need():
     made = subprocess.run([sys.executable, "-c", STARTING], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert not {"bitsandbytes", "kernels", "tensorboard", "wandb", "torchao"} & set(made.stdout.split())
+
+
+def test_no_garbage_is_looked_for_during_the_first_imports_and_what_they_make_is_not_looked_through_later(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", sys.modules["sys"])  # as if it were there
+    for is_first in (False, True):
+        if is_first:
+            monkeypatch.delitem(sys.modules, "torch")
+        frozen = gc.get_freeze_count()
+        with pytest.raises(ImportError), importing():
+            assert not gc.isenabled()
+            made = [[number] for number in range(1000)]
+            raise ImportError
+        assert gc.isenabled()
+        assert (gc.get_freeze_count() >= frozen + len(made)) == is_first
 
 
 def test_a_hidden_package_is_installed_all_the_same_and_imported_where_it_is_needed(monkeypatch):

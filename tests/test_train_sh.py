@@ -31,7 +31,8 @@ sys.exit(int(os.environ.get("STAND_IN", "0")))
 def project(tmp_path):
     """A copy of what train.sh needs, with a trainer that prints its options."""
     for name in ("train.sh", "requirements.txt", "constraints.txt", "helpers/environment.sh", "helpers/__init__.py",
-                 "helpers/files.py", "helpers/libraries.py", "helpers/sizes.py"):
+                 "helpers/files.py", "helpers/heartbeat.py", "helpers/launch.py", "helpers/libraries.py",
+                 "helpers/sizes.py", "helpers/console.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "helpers/config", tmp_path / "helpers/config", ignore=shutil.ignore_patterns("*.pyc"))

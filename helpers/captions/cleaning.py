@@ -31,15 +31,15 @@ def clean(caption: str) -> str:
         ModuleNotFoundError: if beautifulsoup4 or ftfy is missing: without them diffusers only lowers the case, which
             would train on other captions than IF's.
     """
-    # Imported here: diffusers takes seconds, and what only counts and reads captions must not pay for it.
     import bs4
     import ftfy  # noqa: F401
-    from diffusers import IFPipeline
 
     lowered = caption.strip().lower()
     # A plain caption stays as it is: to see that takes 2 us, to clean it 0.4 ms.
     if len(caption) <= LONGEST_TEXT and is_plain(lowered):
         return lowered
+    from diffusers import IFPipeline  # which takes seconds
+
     # The method reads one constant of its class and no weights, so an instance without parts is enough.
     pipeline = IFPipeline.__new__(IFPipeline)
     readable = LONG_WORD.sub(r"\1", caption[:LONGEST_TEXT])

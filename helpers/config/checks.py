@@ -265,13 +265,42 @@ def _released_gradients(config: Config) -> Iterator[Problem]:
         )
 
 
-def problems_of_several(config: Config, processes: int) -> Iterator[Problem]:
-    """What is wrong where so many processes train together."""
-    if processes > 1 and config.optimizer.optimizer_release_gradients:
+class Start(NamedTuple):
+    """How the trainer is started, as far as options depend on it.
+
+    Attributes:
+        backend, mode: of torch.compile, in lower case; "no" and "default" unless asked for.
+    """
+
+    processes: int = 1
+    backend: str = "no"
+    mode: str = "default"
+
+    @property
+    def compiles(self) -> bool:
+        return self.backend != "no"
+
+
+def problems_of_start(config: Config, start: Start) -> Iterator[Problem]:
+    """What is wrong with options for a trainer that is started so."""
+    releases, accumulated = config.optimizer.optimizer_release_gradients, config.training.gradient_accumulation_steps
+    if releases and start.processes > 1:
         yield Problem(
             ("optimizer_release_gradients",),
-            f"found true beside {processes} processes (TRAINING_NUM_PROCESSES), which add up their gradients first: "
-            "set it to false, or train with one process",
+            f"found true beside {start.processes} processes (TRAINING_NUM_PROCESSES), which add up their gradients "
+            "first: set it to false, or train with one process",
+        )
+    if releases and start.compiles:
+        yield Problem(
+            ("optimizer_release_gradients",),
+            f"found true beside TRAINING_DYNAMO_BACKEND={start.backend}, a compiled model, whose gradients all come at "
+            "once: set it to false, or do not compile",
+        )
+    if start.compiles and start.mode != "default" and accumulated > 1:
+        yield Problem(
+            ("gradient_accumulation_steps",),
+            f"found {accumulated} beside TRAINING_DYNAMO_MODE={start.mode}, whose CUDA graphs overwrite the gradients of "
+            "the batch before: set it to 1, or TRAINING_DYNAMO_MODE to default",
         )
 
 

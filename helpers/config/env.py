@@ -13,7 +13,7 @@ from collections.abc import Set as AbstractSet
 
 from pydantic import ValidationError
 
-from helpers.config.checks import problems_of_several
+from helpers.config.checks import Start
 from helpers.config.later import LATER_PREFIXES, prefixed_problem
 from helpers.config.load import exported, load_all, read_flags
 from helpers.config.options import LAUNCH_ROWS, ROWS, Config, LaunchOptions
@@ -52,8 +52,8 @@ def command_line(argv: Sequence[str], environ: Mapping[str, str], outer: Abstrac
     typed = [*_trainer_args(launch, problems), *argv]
     flags = [*flags_from_exports(environ, typed, problems), *typed]
     try:
-        config = load_all(flags)[0].config
-        problems += map(str, problems_of_several(config, launch.num_processes))
+        start = Start(launch.num_processes, launch.dynamo_backend.lower(), launch.dynamo_mode)
+        config = load_all(flags, start=start)[0].config
     except ConfigError as error:
         problems += error.problems
     if problems:

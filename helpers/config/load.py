@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from helpers.config.backends import Backends, load_backends
+from helpers.config.checks import Start, problems_of_start
 from helpers.config.checks import problems as problems_between
-from helpers.config.checks import problems_of_several
 from helpers.config.docs import help_text
 from helpers.config.families import Contradiction, Model, resolve
 from helpers.config.jsonfile import read_json
@@ -72,12 +72,12 @@ class _Read(NamedTuple):
 
 
 def load_all(
-    argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})
+    argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({}), start: Start | None = None
 ) -> tuple[Resolved, Backends]:
     """Read flags, the config.json that they may name, and the dataloader JSON.
 
-    `environ` gives no values: train.sh has turned exports into flags. It only tells which flags those are, and
-    whether a launcher started several processes.
+    `environ` gives no values: train.sh has turned exports into flags. It only tells which flags those are, and, unless
+    `start` does, how a launcher started the trainer.
 
     Raises:
         ConfigError: with all problems of all three.
@@ -85,8 +85,14 @@ def load_all(
     """
     read = _read(argv, environ)
     read.problems.extend([*_sharding(environ), *_left_alone(environ)])
-    read.problems.extend(map(str, problems_of_several(read.resolved.config, rank_and_count(environ)[1])))
+    read.problems.extend(map(str, problems_of_start(read.resolved.config, start or _start(environ))))
     return _with_backends(read)
+
+
+def _start(environ: Mapping[str, str]) -> Start:
+    """As the launcher tells it: the names are those that `accelerate launch` sets."""
+    backend, mode = (environ.get(f"ACCELERATE_DYNAMO_{name}", "").lower() for name in ("BACKEND", "MODE"))
+    return Start(rank_and_count(environ)[1], backend or "no", mode or "default")
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str] = MappingProxyType({})) -> Resolved:

@@ -48,6 +48,9 @@ SLICE = 256
 READERS = 8
 """Threads that read caption files. A disk that has to fetch them gives many at a time sooner than one by one."""
 
+MASK = 2**63 - 1
+"""The bits of a time that are kept."""
+
 NAMED = 3
 """How many files an error names as examples."""
 
@@ -196,7 +199,8 @@ def _state(entry: os.DirEntry, unreachable: list[LeftOut]) -> State | None:
     try:
         found = entry.stat()
         if stat.S_ISREG(found.st_mode):
-            return State(found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            # Times after the year 2262 have more bits than the index keeps; they are only held against each other.
+            return State(found.st_size, found.st_mtime_ns & MASK, found.st_ctime_ns & MASK)
         reason = "is not a regular file"
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"

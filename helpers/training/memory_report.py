@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +17,10 @@ from helpers.training import assembly
 from helpers.training.memory import Memory, Setup, estimate
 
 GB, MB = 1e9, 1e6
+RELEASED = (
+    "OPTIMIZER_RELEASE_GRADIENTS=true (--optimizer_release_gradients) with MAX_GRAD_NORM=0 (--max_grad_norm), so"
+    " without clipping"
+)
 SMALL_STATE = "adamw8bit"  # the smallest that steps as AdamW does
 
 def shown(count: int) -> str:
@@ -50,7 +54,13 @@ def setup_of(config: Config, spec: Spec, architecture: Path, size: Size) -> Setu
 
 
 def report(
-    config: Config, spec: Spec, architecture: Path, size: Size, free: int | None, validating: int | None = None
+    config: Config,
+    spec: Spec,
+    architecture: Path,
+    size: Size,
+    free: int | None,
+    validating: int | None = None,
+    processes: int = 1,
 ) -> str:
     """All parts for a dry run, a line for a real one; and a warning where the GPU has fewer bytes `free`.
 
@@ -73,7 +83,8 @@ def report(
             " (TEXT_ENCODER_DEVICE=cpu, --text_encoder_device, keeps it off the GPU)"
         )
     if free is not None and free < memory.peak:
-        lines.append(warning(config, spec, architecture, size, memory.peak, free))
+        ways = list(savings(config, processes))
+        lines.append(warning(ways, config, spec, architecture, size, memory.peak, free))
     if validating is not None:
         needed = memory.weights + memory.optimizer + memory.ema + validating
         sizes = ", ".join(map(str, config.validation.validation_resolution))
@@ -101,11 +112,19 @@ def in_a_line(memory: Memory, batch_size: int, size: Size) -> str:
     return f"Training will need about {shown(memory.peak)} for a batch of {batch_size} at {size}, {largest}."
 
 
-def warning(config: Config, spec: Spec, architecture: Path, size: Size, needed: int, free: int) -> str:
-    """That `needed` bytes are more than the GPU has, and what each option that saves memory would bring it to."""
+def warning(
+    ways: Sequence[tuple[str, Config]],
+    config: Config,
+    spec: Spec,
+    architecture: Path,
+    size: Size,
+    needed: int,
+    free: int,
+) -> str:
+    """That `needed` bytes are more than the GPU has, and what each of the `ways` to save memory would bring it to."""
     words = f"The GPU has {shown(free)} free, and training needs about {shown(needed)}. "
-    ways = [(estimate(setup_of(changed, spec, architecture, size)).peak, name) for name, changed in savings(config)]
-    helpful = sorted(way for way in ways if way[0] < needed)
+    peaks = [(estimate(setup_of(changed, spec, architecture, size)).peak, name) for name, changed in ways]
+    helpful = sorted(way for way in peaks if way[0] < needed)
     if not helpful:
         edge = config.family.resolution
         images = "on smaller images (RESOLUTION, --resolution), " if size.width * size.height > edge * edge else ""
@@ -114,7 +133,7 @@ def warning(config: Config, spec: Spec, architecture: Path, size: Size, needed: 
     return "\n".join([f"{words}Each of these lowers that:", *lines])
 
 
-def savings(config: Config) -> Iterator[tuple[str, Config]]:
+def savings(config: Config, processes: int = 1) -> Iterator[tuple[str, Config]]:
     """Each option that saves memory and is not used yet, in words, with the config that it makes."""
     training, optimizer, all_weights = config.training, config.optimizer.optimizer, config.training_kind == "full"
     if not training.gradient_checkpointing:
@@ -138,10 +157,10 @@ def savings(config: Config) -> Iterator[tuple[str, Config]]:
         yield f"BASE_MODEL_PRECISION={fewer_bits} (--base_model_precision){learned}", changed
     if all_weights and optimizer != SMALL_STATE:
         yield _with_optimizer(config, SMALL_STATE)
-    if _may_release(config):
+    if processes == 1 and _may_release(config):
         changed = _changed(config, "training", max_grad_norm=0.0)
         changed = _changed(changed, "optimizer", optimizer_release_gradients=True)
-        yield "OPTIMIZER_RELEASE_GRADIENTS=true (--optimizer_release_gradients) with MAX_GRAD_NORM=0", changed
+        yield RELEASED, changed
     if config.optimizer.use_ema:
         yield "USE_EMA=false (--use_ema)", _changed(config, "optimizer", use_ema=False)
     if config.lora.train_text_encoder:

@@ -20,8 +20,9 @@ BUCKET = 1 << 23
 class Released:
     """Has an optimizer update a bucket of parameters as soon as their gradients are there, and frees these.
 
-    The weights and the optimizer's state become those of a step that is made of all gradients at once, to the bit:
-    `config/checks.py` lets no optimizer through that looks at more than one parameter at a time. What is left after
+    Where all parameters get gradients, the weights and the optimizer's state become those of a step that is made of all
+    of these at once, to the bit: `config/checks.py` lets no optimizer through that looks at more than one parameter at
+    a time. What is left after
     the backward pass, since a parameter of a bucket had no gradient, is left to the optimizer's own step, which also
     counts the step.
 

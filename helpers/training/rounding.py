@@ -131,7 +131,7 @@ def generator_of(step: int, place: int, device: torch.device) -> torch.Generator
         step: the number of the step, from 1.
         place: that of the chunk's first piece among all that the optimizer updates.
     """
-    return torch.Generator(device).manual_seed(step + (place << 20))  # a CPU's takes 32 bits: 4,096 places
+    return torch.Generator(device).manual_seed(step + (place << 20))  # different for 4,096 places and 2^20 steps
 
 
 def slices(tensor: Tensor) -> Sequence[Tensor]:

@@ -15,16 +15,21 @@ from helpers.training.memory import Setup, loss_without_data, without_data
 from helpers.training.nonfinite import Passed
 
 PEAKS = {
-    "B200": 2250, "GH200": 989, "H200": 989, "H800": 989, "H100": 989, "H100 NVL": 835, "H100 PCIe": 756, "A100": 312,
-    "A800": 312, "A40": 149.7, "A30": 165, "L40S": 362, "L40": 181, "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 154.8,
-    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5, "RTX 3090 Ti": 80, "RTX 3090": 71,
+    "B200": 2250, "GH200": 989, "H200": 989, "H200 NVL": 835, "H800": 989, "H800 PCIe": 756, "H100": 989,
+    "H100 NVL": 835, "H100 PCIe": 756, "A100": 312, "A800": 312, "A40": 149.7, "A30": 165, "L40S": 362, "L40": 181,
+    "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 154.8, "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 4080": 97.5,
+    "RTX 3090 Ti": 80, "RTX 3090": 71,
 }  # fmt: skip
 """By words of a GPU's name, 1e12 operations a second in two bytes, dense, summed in float32: NVIDIA's data sheets."""
 
 
+LESS = re.compile(r"Laptop|MIG|GRID|-\d+[A-Z]$|RTX \d+ D\b")
+"""Names of a part of such a GPU, or of one that is slower than its name."""
+
+
 def peak_of(name: str) -> float | None:
     """Floating-point operations a second of the GPU of this name, as CUDA tells it; None where it is not known."""
-    known = [] if "Laptop" in name else [words for words in PEAKS if re.search(rf"\b{words}\b", name)]
+    known = [] if LESS.search(name) else [words for words in PEAKS if re.search(rf"\b{words}\b", name)]
     return PEAKS[max(known, key=len)] * 1e12 if known else None
 
 

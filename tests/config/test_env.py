@@ -92,6 +92,13 @@ def test_a_wrong_export_is_answered_in_words(environ, exports, words):
     assert len(problems) == 1 and words in problems[0]
 
 
+def test_how_it_is_started_is_held_against_the_options_beside_all_other_problems(environ):
+    graphs = {"TRAINING_DYNAMO_BACKEND": "inductor", "TRAINING_DYNAMO_MODE": "reduce-overhead"}
+    typo = {"GRADIENT_ACCUMULATION_STEPS": "4", "RESOLUTION_TYPE": "pixels"}
+    problems = " ".join(problems_of(environ | graphs | typo))
+    assert "found 4 beside TRAINING_DYNAMO_MODE=reduce-overhead" in problems and "pixels" in problems
+
+
 def test_what_asks_for_nothing_passes(environ):
     off = {"CONTROLNET": "", "TEXT_ENCODER_LIMIT": "", "DELETE_SMALL_IMAGES": "false"}
     off |= {"TEXT_ENCODER_1_PRECISION": "no_change"}

@@ -408,6 +408,20 @@ def test_several_processes_do_not_release_their_gradients(all_problems):
     assert "found true beside 2 processes (TRAINING_NUM_PROCESSES)" in problem and "set it to false" in problem
 
 
+def test_what_accelerate_was_told_to_compile_is_held_against_the_options(all_problems):
+    compiled = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "ACCELERATE_DYNAMO_MODE": "default"}
+    graphs = compiled | {"ACCELERATE_DYNAMO_MODE": "reduce-overhead"}
+    accumulates = ["--gradient_accumulation_steps=4"]
+    assert all_problems({"id": "a"}, flags=accumulates, **compiled) == ()
+    assert all_problems({"id": "a"}, **graphs) == ()
+    (problem,) = all_problems({"id": "a"}, flags=accumulates, **graphs)
+    assert "found 4 beside TRAINING_DYNAMO_MODE=reduce-overhead" in problem and "set it to 1" in problem
+    (problem,) = all_problems({"id": "a"}, flags=RELEASED, **compiled)
+    assert "found true beside TRAINING_DYNAMO_BACKEND=inductor" in problem
+    off = {"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_DYNAMO_MODE": "default"}
+    assert all_problems({"id": "a"}, flags=RELEASED, **off) == ()
+
+
 def test_a_model_type_that_is_no_text_is_one_problem(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load([written(tmp_path, {"model_type": 1})])

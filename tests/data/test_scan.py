@@ -301,6 +301,14 @@ def test_an_image_that_is_edited_in_place_is_opened_again_even_if_size_and_time_
     assert opened == ["a.png"] and after.content != before.content
 
 
+def test_a_time_of_far_away_is_no_hindrance(folder: Path, index: Path, opened: list) -> None:
+    for name, seconds in (("a.png", 2**34 - 1), ("b.png", -(2**31))):  # 2514, and 1901
+        os.utime(picture(folder / name), (seconds, seconds))
+    for _ in range(2):
+        assert used(scan("images", folder, index, BY_NAME), folder) == ["a.png", "b.png"]
+    assert len(opened) == 2
+
+
 def test_only_what_changed_is_opened_again(folder: Path, index: Path, opened: list) -> None:
     for name in ("a.png", "b.png", "c.png", "d.png"):
         picture(folder / name)

@@ -92,6 +92,7 @@ def test_to_release_gradients_is_proposed_where_that_can_be_and_accumulation_is_
         assert words not in proposed(**flags)
     beside = {"optimizer_release_gradients": True, "max_grad_norm": 0}
     assert words not in proposed(**beside) and "GRADIENT_ACCUMULATION_STEPS" not in proposed(**beside)
+    assert words not in " ".join(words for words, _ in memory_report.savings(config_of(), processes=2))
     *_, (last, lora) = memory_report.savings(config_of(**beside))
     assert "MODEL_TYPE" in last and not lora.optimizer.optimizer_release_gradients
 

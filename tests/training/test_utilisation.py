@@ -50,6 +50,8 @@ def test_what_is_computed_twice_counts_once(tiny_model):
     ("NVIDIA L4", 121), ("NVIDIA GeForce RTX 3090 Ti", 80), ("NVIDIA GeForce RTX 3090", 71),
     ("NVIDIA GH200 480GB", 989),
     ("NVIDIA GeForce GTX 1080", None), ("NVIDIA RTX A4000", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA L40-8Q", None), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA H200 NVL", 835), ("NVIDIA H200", 989),
 ])  # fmt: skip
 def test_the_peak_of_a_gpu_is_known_by_its_name(name, tera):
     assert peak_of(name) == (tera and tera * 1e12)
