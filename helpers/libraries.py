@@ -32,7 +32,7 @@ def importing() -> Iterator[None]:
     """Within it no circles of garbage are looked for: imports make 700,000 objects that stay, and to look through those
     again and again is a quarter of the time that they take. Nor are these looked through later.
     """
-    is_first = "torch" not in sys.modules  # later there may be garbage by now, which would stay
+    is_first = "diffusers" not in sys.modules  # later there may be garbage by now, which would stay
     gc.disable()
     try:
         yield

@@ -28,10 +28,10 @@ def test_a_start_does_not_import_what_only_some_runs_need():
 
 
 def test_no_garbage_is_looked_for_during_the_first_imports_and_what_they_make_is_not_looked_through_later(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", sys.modules["sys"])  # as if it were there
+    monkeypatch.setitem(sys.modules, "diffusers", sys)  # as if it were there
     for is_first in (False, True):
         if is_first:
-            monkeypatch.delitem(sys.modules, "torch")
+            monkeypatch.delitem(sys.modules, "diffusers")
         frozen = gc.get_freeze_count()
         with pytest.raises(ImportError), importing():
             assert not gc.isenabled()
