@@ -51,6 +51,7 @@ def in_environment(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """Check the options, then draw; returns the exit code."""
+    from helpers import libraries
     from helpers.config.inference import read_request
     from helpers.config.paths import shown
     from helpers.config.problems import ConfigError
