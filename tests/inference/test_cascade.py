@@ -108,7 +108,8 @@ def test_one_component_at_a_time_is_held(draw, tmp_path):
     held: list[set[str]] = []
 
     def look(module: torch.nn.Module, _: object) -> None:
-        if type(module).__name__ in COMPONENTS:
+        # Estimates of memory pass through models on the meta device, once a process.
+        if type(module).__name__ in COMPONENTS and not next(module.parameters()).is_meta:
             models = [one for one in gc.get_objects() if type(one).__name__ in COMPONENTS]
             real = {type(one).__name__ for one in models if not next(one.parameters()).is_meta}
             count = sum(not next(one.parameters()).is_meta for one in models)
