@@ -8,6 +8,8 @@ from helpers.data.sampler import Position, Use
 from helpers.data.scan import Record
 from helpers.images.geometry import Rules, plans
 from helpers.models import loading
+from helpers.models.bitfit import BitFit
+from helpers.models.controlnet import ControlNet
 from helpers.models.families import SPECS
 from helpers.models.full import Full
 from helpers.models.lora import LoRA
@@ -41,6 +43,16 @@ def test_operations_are_those_of_a_real_step(tiny_model, adapter):
     assert operations(setup_of(tiny_model, adapter)) == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
 
 
+@pytest.mark.parametrize("adapter", [
+    LoRA(4, 4, dropout=0.0, targets="attention+conv", dora=True), BitFit(), ControlNet(), Full(),
+    LoRA(4, 4, dropout=0.0, targets="attention", base_precision="int8"),
+], ids=["dora", "bitfit", "controlnet", "full", "int8"])  # fmt: skip
+def test_they_are_the_same_in_whatever_precision_it_trains(tiny_sd, adapter):
+    sizes = {"channels": 4, "size": Size(16, 16)}
+    mixed = {"weights": torch.bfloat16, "trained": torch.float32, "autocast": True}
+    assert operations(setup_of(tiny_sd, adapter, **sizes, **mixed)) == operations(setup_of(tiny_sd, adapter, **sizes))
+
+
 def test_what_is_computed_twice_counts_once(tiny_model):
     assert operations(setup_of(tiny_model, Full(), checkpointing=True)) == operations(setup_of(tiny_model, Full()))
 
@@ -55,6 +67,21 @@ def test_what_is_computed_twice_counts_once(tiny_model):
 ])  # fmt: skip
 def test_the_peak_of_a_gpu_is_known_by_its_name(name, tera):
     assert peak_of(name) == (tera and tera * 1e12)
+
+
+@pytest.mark.parametrize("name, precision, is_told", [
+    ("NVIDIA A100-SXM4-80GB", {"autocast": True}, True),
+    ("NVIDIA A100-SXM4-80GB", {}, False),  # float32 has other limits
+    ("NVIDIA GeForce GTX 1080", {"autocast": True}, False),
+])  # fmt: skip
+def test_it_is_told_of_a_gpu_that_is_known_and_computes_in_two_bytes(
+    tiny_model, monkeypatch, name, precision, is_told
+):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    setup = setup_of(tiny_model, Full(), **precision)
+    told = utilisation_of(setup, SIZE, torch.device("cuda"))
+    expected = Utilisation(312e12, operations(setup) / (SIZE.width * SIZE.height))
+    assert told == (expected if is_told else None)
 
 
 def test_nothing_is_told_where_the_peak_is_not_known(tiny_model):
